@@ -1,0 +1,112 @@
+"""Every error that a user can meet: code, what happened, where, and how to mend it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """Exit codes of the command line; part of the public interface (docs/reference/exit-codes.md)."""
+
+    OK = 0
+    FAILED = 1
+    USAGE = 2
+    PAUSED = 3
+    REFUSED = 4
+    IDENTITY = 5
+    BUDGET = 6
+    RESOURCES = 7
+    STATE_LOST = 8
+    INTERRUPTED = 130
+    TERMINATED = 143
+
+
+# Code -> one line of help. docs/reference/errors.md has a section for each, held by a test.
+CODES: dict[str, str] = {}
+
+
+class FedllmError(Exception):
+    """An error with a stable code. Its text may name files, fields and parties, never rows or prompts.
+
+    Args:
+        code: A key of `CODES`.
+        what: What is wrong, with the offending value where that is not private.
+        where: File and line, field or party; empty when there is none.
+        fix: What the reader can do about it.
+    """
+
+    exit_code = ExitCode.FAILED
+
+    def __init__(self, code: str, what: str, *, where: str = "", fix: str = "") -> None:
+        assert code in CODES, f"{code} is not in errors.CODES"
+        super().__init__(code, what)
+        self.code, self.what, self.where, self.fix = code, what, where, fix
+
+    def __str__(self) -> str:
+        head = f"[{self.code}] {self.where}: {self.what}" if self.where else f"[{self.code}] {self.what}"
+        return f"{head}\n  fix: {self.fix}" if self.fix else head
+
+
+class ConfigError(FedllmError, ValueError):
+    """The job file, a party file, a flag or an argument is wrong."""
+
+    exit_code = ExitCode.USAGE
+
+
+class DataError(FedllmError, ValueError):
+    """A data file cannot be used as it is."""
+
+    exit_code = ExitCode.USAGE
+
+
+class ModelError(FedllmError, ValueError):
+    """A base model, tokenizer or adapter cannot be used as it is."""
+
+    exit_code = ExitCode.USAGE
+
+
+class PolicyError(FedllmError):
+    """A site's own limits forbid what the job asks."""
+
+    exit_code = ExitCode.REFUSED
+
+
+class ResourceError(FedllmError):
+    """The machine lacks something: memory, disk, a package, a device."""
+
+    exit_code = ExitCode.RESOURCES
+
+
+class PayloadError(FedllmError):
+    """A message was refused on receipt."""
+
+
+class RunFailed(FedllmError):
+    """The run cannot go on, and resuming it as it is would fail again."""
+
+
+class RunPaused(FedllmError):
+    """The run stopped at a committed round and can be resumed."""
+
+    exit_code = ExitCode.PAUSED
+
+
+class StateLost(FedllmError):
+    """No generation of a run's state can be read. Nothing is restarted silently."""
+
+    exit_code = ExitCode.STATE_LOST
+
+
+def nearest(word: str, choices: Iterable[str]) -> str:
+    """Return a hint that names the closest choice, or lists the choices when none is close.
+
+    Args:
+        word: What the user wrote.
+        choices: What would have been right.
+    """
+    names = sorted(set(choices))
+    if close := difflib.get_close_matches(word, names, n=1, cutoff=0.6):
+        return f"did you mean `{close[0]}`?"
+    return f"one of: {', '.join(f'`{name}`' for name in names)}" if names else ""
