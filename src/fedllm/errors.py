@@ -24,7 +24,42 @@ class ExitCode(IntEnum):
 
 
 # Code -> one line of help. docs/reference/errors.md has a section for each, held by a test.
-CODES: dict[str, str] = {}
+CODES: dict[str, str] = {
+    "UNKNOWN_KEY": "A key that no setting has.",
+    "DUPLICATE_KEY": "The same key stands twice in one mapping.",
+    "BAD_YAML": "The file is not YAML, or uses a part of YAML that is refused.",
+    "BAD_VALUE": "A value of the wrong type, or out of range.",
+    "MISSING_KEY": "A required setting is missing.",
+    "BAD_COMBINATION": "Two settings that cannot hold together.",
+    "FILE_NOT_FOUND": "A file or folder that the job or a party names is not there.",
+    "ONE_PARTY": "A federation needs two parties at least.",
+    "PARTY_UNKNOWN": "A party file and the job do not name the same parties.",
+    "DATA_NOT_FOUND": "A data file, folder or data set id cannot be found.",
+    "DATA_FORMAT_UNKNOWN": "The examples have no known layout, or more than one.",
+    "DATA_BROKEN_LINE": "A line or record that cannot be read.",
+    "DATA_COLUMN_MISSING": "A mapped column that the data do not have.",
+    "DATA_EMPTY": "No example is left to train or evaluate on.",
+    "DATA_NO_TEMPLATE": "The data are chats, and the tokenizer has no chat template.",
+    "DATA_NO_TARGET": "No token would be trained: every token is masked or cut off.",
+    "MODEL_NOT_FOUND": "The base model cannot be found or loaded.",
+    "MODEL_UNSAFE": "The model folder asks to run code, or has no safetensors weights.",
+    "MODEL_MISMATCH": "A party holds another base model, tokenizer or template than the job.",
+    "PEFT_TARGET": "The tuning method does not fit the base model.",
+    "DEVICE_MISSING": "The machine lacks what a setting asks for: device, bf16, a package.",
+    "POLICY_REFUSED": "A site's own limits forbid what the job asks.",
+    "PAYLOAD_REFUSED": "A message is malformed, too large, or from another run.",
+    "NONFINITE": "A tensor or a loss is not a finite number.",
+    "SUM_OVERFLOW": "Updates are too large to be summed exactly.",
+    "QUORUM": "Fewer parties answered than `min_parties`.",
+    "ROUND_TIMEOUT": "A party did not finish within `round_timeout`.",
+    "PARTY_FAILED": "A party stopped with an error of its own; the text stays there.",
+    "RUN_EXISTS": "The run folder is in use, or holds another job.",
+    "RUN_NOT_FOUND": "The folder is not a run.",
+    "RUN_UNFINISHED": "The run has no final adapter yet.",
+    "STATE_CORRUPT": "Every generation of the run's state is damaged.",
+    "DISK_FULL": "No space is left for the run folder.",
+    "INTERRUPTED": "The run was stopped by a signal; it can be resumed.",
+}
 
 
 class FedllmError(Exception):
