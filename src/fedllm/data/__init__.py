@@ -1,0 +1,1 @@
+"""Data: read, map, template, mask, batch. Importing this package loads nothing heavy."""

@@ -1,0 +1,304 @@
+"""Examples of a source: read, layout detected or mapped, every problem found in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedllm.data.files import Place, Record
+from fedllm.data.formats import BadRecord, ColumnMap, Example, closest_layout, show_columns
+from fedllm.data.settings import DataSource
+from fedllm.data.sources import read_records
+from fedllm.errors import DataError, nearest
+
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Why one record cannot be used."""
+
+    place: Place
+    why: str
+
+
+@dataclass(frozen=True)
+class Scan:
+    """All that one pass over a source finds.
+
+    Args:
+        layout: Layout of the records; empty when it could not be told.
+        examples: Those that can be used.
+        places: Where each example stands, in the same order.
+        problems: Records that cannot be used.
+        refusals: Why training would refuse the source; empty when it would not.
+        columns: Columns found.
+        unused: Columns that the layout does not use.
+        num_records: Records seen, the broken ones included.
+    """
+
+    layout: str
+    examples: tuple[Example, ...]
+    places: tuple[Place, ...]
+    problems: tuple[Problem, ...]
+    refusals: tuple[DataError, ...]
+    columns: tuple[str, ...]
+    unused: tuple[str, ...]
+    num_records: int
+
+
+@dataclass(frozen=True)
+class PartyData:
+    """What a party trains on and what it evaluates on."""
+
+    train: tuple[Example, ...]
+    held_out: tuple[Example, ...]
+
+
+def read_examples(
+    source: str,
+    *,
+    base_dir: Path,
+    split: str | None = None,
+    format: str = "auto",
+    columns: Mapping[str, str] | None = None,
+    text_field: str = "text",
+) -> tuple[Example, ...]:
+    """Return the examples of a source, in the order of the file.
+
+    Args:
+        source: File, folder, or hub id.
+        base_dir: Where relative paths start.
+        split: Name of the split; None where the source has only one.
+        format: `auto`, or the name of a layout.
+        columns: Layout's column -> name in the file.
+        text_field: Column of plain text.
+
+    Raises:
+        DataError: The source cannot be used as it is: `DATA_NOT_FOUND`, `DATA_FORMAT_UNKNOWN`,
+            `DATA_COLUMN_MISSING`, `DATA_BROKEN_LINE` or `DATA_EMPTY`.
+    """
+    column_map = ColumnMap(format, dict(columns or {}), text_field)
+    scan = scan_source(source, base_dir=base_dir, split=split, column_map=column_map)
+    if scan.refusals:
+        raise scan.refusals[0]
+    return scan.examples
+
+
+def read_party_data(source: DataSource, *, base_dir: Path, text_field: str, seed: int, party: str) -> PartyData:
+    """Return a party's training and held-out examples.
+
+    Args:
+        source: The `data` section of party.yaml.
+        base_dir: The folder of party.yaml.
+        text_field: `dataset_text_field` of the job.
+        seed: The job's seed, for the share split off.
+        party: The party's name.
+
+    Raises:
+        DataError: As `read_examples` and `split_held_out`.
+    """
+
+    def read(name: str, split: str | None) -> tuple[Example, ...]:
+        return read_examples(
+            name,
+            base_dir=base_dir,
+            split=split,
+            format=source.format,
+            columns=source.columns,
+            text_field=text_field,
+        )
+
+    train = read(source.train, source.train_split)
+    if source.eval is None and source.eval_split is None:
+        return PartyData(*split_held_out(train, source.eval_share, seed=seed, party=party))
+    return PartyData(train, read(source.eval or source.train, source.eval_split))
+
+
+def split_held_out(
+    examples: Sequence[Example], share: float, *, seed: int, party: str
+) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
+    """Return (training, held-out) examples; equal examples always land on the same side.
+
+    About `share` of the examples are held out, at least one; both sides keep the order of the file. With many
+    duplicates the held-out side may be smaller than asked for.
+
+    Args:
+        examples: All examples of the party.
+        share: Share to hold out, 0 <= share < 1; 0 holds out none.
+        seed: The job's seed.
+        party: The party's name.
+
+    Raises:
+        DataError: `DATA_EMPTY` when there are not two different examples to put on the two sides.
+    """
+    from fedllm.seeds import stream
+
+    if share == 0:
+        return tuple(examples), ()
+    groups: dict[Example, list[int]] = {}
+    for i, example in enumerate(examples):
+        groups.setdefault(example, []).append(i)
+    if len(groups) < 2:
+        raise DataError(
+            "DATA_EMPTY",
+            f"{len(groups)} different example(s) cannot be split into training and held-out ones",
+            where=f"party {party}",
+            fix="add examples, name `eval` data, or set `eval_share: 0`",
+        )
+    target = min(max(1, round(share * len(examples))), len(examples) - 1)
+    members = list(groups.values())
+    held: set[int] = set()
+    for g in stream(seed, "held_out", party).permutation(len(members)):
+        if len(held) + len(members[g]) <= target:
+            held.update(members[g])
+    if not held:
+        smallest = min(members, key=len)
+        held.update(smallest)
+    return (
+        tuple(example for i, example in enumerate(examples) if i not in held),
+        tuple(example for i, example in enumerate(examples) if i in held),
+    )
+
+
+def scan_source(source: str, *, base_dir: Path, split: str | None, column_map: ColumnMap) -> Scan:
+    """Return all that can be found out about a source in one pass, problems included.
+
+    Args:
+        source: File, folder, or hub id.
+        base_dir: Where relative paths start.
+        split: Name of the split; None where the source has only one.
+        column_map: Layout and column names.
+
+    Raises:
+        DataError: The source is not there, or a file of it cannot be read at all.
+    """
+    records = list(read_records(source, base_dir=base_dir, split=split))
+    where = str(base_dir / Path(source).expanduser())
+    readable = [record for record in records if not record.problem]
+    columns = tuple(dict.fromkeys(name for record in readable for name in record.fields))
+    problems = [Problem(record.place, record.problem) for record in records if record.problem]
+    if not records:
+        empty = DataError("DATA_EMPTY", "there is no example in it", where=where, fix="name the data you meant")
+        return Scan("", (), (), (), (empty,), (), (), 0)
+    layout, refusal = _layout_of(readable, columns, column_map, where)
+    examples, places = [], []
+    for record in readable if layout else ():
+        try:
+            examples.append(column_map.example(layout, record.fields))
+            places.append(record.place)
+        except BadRecord as bad:
+            problems.append(Problem(record.place, str(bad)))
+    return Scan(
+        layout=layout,
+        examples=tuple(examples),
+        places=tuple(places),
+        problems=tuple(sorted(problems, key=lambda p: (p.place.file, p.place.number))),
+        refusals=_refusals(refusal, problems, len(records)),
+        columns=columns,
+        unused=tuple(name for name in columns if layout and name not in column_map.used(layout)),
+        num_records=len(records),
+    )
+
+
+def _refusals(refusal: DataError | None, problems: list[Problem], num_records: int) -> tuple[DataError, ...]:
+    found = [refusal] if refusal else []
+    if problems:
+        found.append(_broken_lines(problems, num_records))
+    return tuple(found)
+
+
+def _broken_lines(problems: list[Problem], num_records: int) -> DataError:
+    problems = sorted(problems, key=lambda p: (p.place.file, p.place.number))
+    shown = "; ".join(f"{p.place}: {p.why}" for p in problems[:_SHOWN])
+    more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+    first = problems[0].place
+    return DataError(
+        "DATA_BROKEN_LINE",
+        f"{len(problems)} of {num_records} records cannot be used ({shown}{more})",
+        where=f"{first.file}:{first.number}",
+        fix="mend or remove them; `fedllm data check` lists all",
+    )
+
+
+def _layout_of(
+    readable: list[Record], columns: tuple[str, ...], column_map: ColumnMap, where: str
+) -> tuple[str, DataError | None]:
+    """Return the layout of the records, or the reason why it cannot be told."""
+    if not readable:
+        return "", None
+    if missing := _missing_columns(columns, column_map, where):
+        return "", missing
+    if len(candidates := column_map.candidates()) == 1:
+        return candidates[0], None
+    places: dict[tuple[str, ...], list[Place]] = {}
+    for record in readable:
+        places.setdefault(column_map.matching(record.fields), []).append(record.place)
+    known = [names for names in places if names]
+    if not known:
+        return "", _unknown(columns, where)
+    if len(known) > 1:
+        return "", _mixed({names: places[names] for names in known}, where)
+    if len(known[0]) > 1:
+        return "", _ambiguous(known[0], columns, where)
+    return known[0][0], None
+
+
+def _missing_columns(columns: tuple[str, ...], column_map: ColumnMap, where: str) -> DataError | None:
+    """Return an error when a column that the user asked for is in no record."""
+    missing = [name for name in column_map.columns.values() if name not in columns]
+    if not missing and len(candidates := column_map.candidates()) == 1:
+        missing = column_map.absent(candidates[0], columns)
+    if not missing:
+        return None
+    return DataError(
+        "DATA_COLUMN_MISSING",
+        f"no record has a column {missing[0]!r}; found: {show_columns(columns)}",
+        where=where,
+        fix=_nearest_column(missing[0], columns) or "correct `columns` or `format`",
+    )
+
+
+def _nearest_column(name: str, columns: tuple[str, ...]) -> str:
+    hint = nearest(name, columns)
+    return hint if hint.startswith("did you mean") else ""
+
+
+def _unknown(columns: tuple[str, ...], where: str) -> DataError:
+    if {"chosen", "rejected"} <= set(columns):
+        what = "these are preference pairs (`chosen`, `rejected`), which supervised tuning cannot use"
+        return DataError("DATA_FORMAT_UNKNOWN", what, where=where, fix="rename `chosen` to `completion`")
+    layout, mapping = closest_layout(columns)
+    fix = f"the nearest layout is `{layout}`"
+    if mapping:
+        pairs = ", ".join(f"{column}: {name}" for column, name in mapping.items())
+        fix += f"; if that is meant, map its columns: `columns: {{{pairs}}}`"
+    if len(columns) == 1 and any(mark in columns[0] for mark in ";\t"):
+        fix = "the cells seem to be separated by semicolons or tabs; save the file with commas"
+    what = f"the records have no known layout; columns found: {show_columns(columns)}"
+    return DataError("DATA_FORMAT_UNKNOWN", what, where=where, fix=fix)
+
+
+def _ambiguous(layouts: tuple[str, ...], columns: tuple[str, ...], where: str) -> DataError:
+    names = ", ".join(f"`{name}`" for name in layouts)
+    return DataError(
+        "DATA_FORMAT_UNKNOWN",
+        f"the records fit several layouts: {names}; columns found: {show_columns(columns)}",
+        where=where,
+        fix=f"say which one is meant, for instance `format: {layouts[0]}`",
+    )
+
+
+def _mixed(places: Mapping[tuple[str, ...], list[Place]], where: str) -> DataError:
+    parts = []
+    for layouts, found in places.items():
+        shown = ", ".join(str(place.number) for place in found[:_SHOWN])
+        more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+        parts.append(f"{' or '.join(layouts)} ({found[0].unit}s {shown}{more})")
+    return DataError(
+        "DATA_FORMAT_UNKNOWN",
+        f"the records have different layouts: {'; '.join(parts)}",
+        where=where,
+        fix="put each layout into a file of its own, or name the one to use by `format`",
+    )
