@@ -40,6 +40,8 @@ CODES: dict[str, str] = {
     "DATA_COLUMN_MISSING": "A mapped column that the data do not have.",
     "DATA_EMPTY": "No example is left to train or evaluate on.",
     "DATA_NO_TEMPLATE": "The data are chats, and the tokenizer has no chat template.",
+    "DATA_TEMPLATE": "The chat template cannot render the chats, or its answers cannot be told apart.",
+    "DATA_CHANGED": "A party's data are not those that the run began with.",
     "DATA_NO_TARGET": "No token would be trained: every token is masked or cut off.",
     "MODEL_NOT_FOUND": "The base model cannot be found or loaded.",
     "MODEL_UNSAFE": "The model folder asks to run code, or has no safetensors weights.",
@@ -47,6 +49,7 @@ CODES: dict[str, str] = {
     "PEFT_TARGET": "The tuning method does not fit the base model.",
     "DEVICE_MISSING": "The machine lacks what a setting asks for: device, bf16, a package.",
     "POLICY_REFUSED": "A site's own limits forbid what the job asks.",
+    "BLOB_MISSING": "A message refers to tensors that the receiver no longer holds; they are sent again.",
     "PAYLOAD_REFUSED": "A message is malformed, too large, or from another run.",
     "NONFINITE": "A tensor or a loss is not a finite number.",
     "SUM_OVERFLOW": "Updates are too large to be summed exactly.",
@@ -58,6 +61,7 @@ CODES: dict[str, str] = {
     "RUN_UNFINISHED": "The run has no final adapter yet.",
     "STATE_CORRUPT": "Every generation of the run's state is damaged.",
     "DISK_FULL": "No space is left for the run folder.",
+    "UNEXPECTED": "A fault of fedllm itself; please report it.",
     "INTERRUPTED": "The run was stopped by a signal; it can be resumed.",
 }
 
@@ -75,9 +79,11 @@ class FedllmError(Exception):
     exit_code = ExitCode.FAILED
 
     def __init__(self, code: str, what: str, *, where: str = "", fix: str = "") -> None:
-        assert code in CODES, f"{code} is not in errors.CODES"
+        if code not in CODES:
+            raise KeyError(f"{code} is not in errors.CODES")
         super().__init__(code, what)
         self.code, self.what, self.where, self.fix = code, what, where, fix
+        self.also: tuple[FedllmError, ...] = ()
 
     def __str__(self) -> str:
         head = f"[{self.code}] {self.where}: {self.what}" if self.where else f"[{self.code}] {self.what}"

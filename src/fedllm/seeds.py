@@ -49,7 +49,7 @@ def global_generators_kept() -> Iterator[None]:
 
 @contextmanager
 def global_torch_stream(seed: int, *labels: str | int) -> Iterator[None]:
-    """Run a block whose global torch draws (dropout) come from the named stream, then put the old state back."""
+    """Run a block whose global torch draws (dropout) come from the named stream; put the old state back."""
     with global_generators_kept():
         torch.random.set_rng_state(torch_generator(seed, *labels).get_state())
         if torch.cuda.is_available():

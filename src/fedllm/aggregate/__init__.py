@@ -1,0 +1,1 @@
+"""Updates -> next state: exact sums and server optimisers, as pure functions."""

@@ -1,0 +1,1 @@
+"""job.yaml and party.yaml -> a frozen, checked job."""

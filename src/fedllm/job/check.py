@@ -1,0 +1,155 @@
+"""What a job and its parties may not ask together. Everything here is found before any training starts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from fedllm.errors import ConfigError, FedllmError, PolicyError
+from fedllm.job.job import Job, LocatedParty
+
+
+def check_job(job: Job, parties: list[LocatedParty], *, baseline: bool = False) -> None:
+    """Raise the first thing that is wrong, with the others in `also`.
+
+    Args:
+        job: The job.
+        parties: The party files of this machine.
+        baseline: The job is a yardstick (one party alone, or pooled data), which a federation may not be.
+
+    Raises:
+        ConfigError: Settings that cannot hold together.
+        PolicyError: A site's limits forbid the job.
+    """
+    rules = RULES if baseline else (*RULES, _two_parties)
+    errors: list[FedllmError] = [error for rule in rules for error in rule(job)]
+    for located in parties:
+        errors += _limits(job, located)
+    if errors:
+        errors[0].also = tuple(errors[1:])
+        raise errors[0]
+
+
+def _clash(job: Job, key: str, what: str, fix: str) -> ConfigError:
+    return ConfigError("BAD_COMBINATION", what, where=job.origins.get(key, key), fix=fix)
+
+
+def _two_parties(job: Job) -> Iterator[ConfigError]:
+    if len(job.parties) < 2:
+        yield ConfigError(
+            "ONE_PARTY",
+            f"the job names {len(job.parties)} party; a federation needs two at least",
+            where=job.origins.get("parties", "parties"),
+            fix="add a party; to train alone, use the numbers that `fedllm compare` gives for a single party",
+        )
+
+
+def _quorum(job: Job) -> Iterator[ConfigError]:
+    least = job.federation.min_parties
+    if least > len(job.parties):
+        yield _clash(
+            job,
+            "federation.min_parties",
+            f"min_parties is {least}, but the job names {len(job.parties)} parties",
+            f"set `min_parties` to {len(job.parties)} or less",
+        )
+
+
+def _best_needs_evaluation(job: Job) -> Iterator[ConfigError]:
+    federation = job.federation
+    if getattr(federation, "keep", "last") == "best" and getattr(federation, "eval_every", 1) == 0:
+        yield _clash(
+            job,
+            "federation.eval_every",
+            "`keep: best` needs evaluation, and `eval_every: 0` switches it off",
+            "set `keep: last`, or `eval_every: 1`",
+        )
+
+
+def _packing_means(job: Job) -> Iterator[ConfigError]:
+    if job.data.packing and job.train.loss_normalization == "examples":
+        yield _clash(
+            job,
+            "data.packing",
+            "`packing: true` puts several examples in a row, so `loss_normalization: examples` has no meaning",
+            "set `loss_normalization: tokens`, or `packing: false`",
+        )
+
+
+def _saved_modules_precision(job: Job) -> Iterator[ConfigError]:
+    if job.peft.modules_to_save and job.model.dtype == "bfloat16":
+        yield _clash(
+            job,
+            "peft.modules_to_save",
+            "`modules_to_save` would be trained in bfloat16, where small updates vanish",
+            "set `model.dtype: float32`",
+        )
+
+
+def _limits_of_tests(job: Job) -> Iterator[ConfigError]:
+    if job.evaluate.test is None and job.evaluate.max_examples is not None:
+        yield _clash(
+            job,
+            "evaluate.max_examples",
+            "`max_examples` has no effect without `evaluate.test`",
+            "name a common test set in `evaluate.test`, or take `max_examples` out",
+        )
+
+
+def _warmup_within_run(job: Job) -> Iterator[ConfigError]:
+    steps = job.train.local_steps
+    if steps and job.train.warmup_steps >= steps * job.federation.num_rounds:
+        yield _clash(
+            job,
+            "train.warmup_steps",
+            f"{job.train.warmup_steps:g} warm-up steps fill the whole run of {steps * job.federation.num_rounds} steps",
+            "lower `warmup_steps`; below 1 it is a share of the run",
+        )
+
+
+def _files(job: Job) -> Iterator[ConfigError]:
+    named = {"evaluate.test": job.evaluate.test, "data.chat_template_path": job.data.chat_template_path}
+    for key, name in named.items():
+        if name is not None and _is_path(name) and not job.path(name).exists():
+            yield ConfigError(
+                "FILE_NOT_FOUND",
+                f"no file {job.path(name)}",
+                where=job.origins.get(key, key),
+                fix="paths in a job file start at its own folder",
+            )
+
+
+def _is_path(name: str) -> bool:
+    # What is not a path may be a hub id, `org/name`.
+    return bool(Path(name).suffix) or name.startswith((".", "/", "~"))
+
+
+RULES: tuple[Callable[[Job], Iterator[ConfigError]], ...] = (
+    _quorum,
+    _best_needs_evaluation,
+    _packing_means,
+    _saved_modules_precision,
+    _limits_of_tests,
+    _warmup_within_run,
+    _files,
+)
+
+
+def _limits(job: Job, located: LocatedParty) -> Iterator[PolicyError]:
+    limits, name = located.party.limits, located.party.name
+    broken = {
+        f"scenario {job.scenario} is not in allowed_scenarios": limits.allowed_scenarios is not None
+        and job.scenario not in limits.allowed_scenarios,
+        f"num_rounds {job.federation.num_rounds} is above max_rounds {limits.max_rounds}": limits.max_rounds is not None
+        and job.federation.num_rounds > limits.max_rounds,
+        f"{len(job.parties)} parties are fewer than min_parties {limits.min_parties}": len(job.parties) > 1
+        and len(job.parties) < limits.min_parties,
+    }
+    for what, is_broken in broken.items():
+        if is_broken:
+            yield PolicyError(
+                "POLICY_REFUSED",
+                what,
+                where=f"party {name}, limits",
+                fix="change the job, or ask the site to change its own limits",
+            )

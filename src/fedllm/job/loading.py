@@ -1,0 +1,136 @@
+"""A YAML file and a settings class -> a checked object, or errors that name file, line, key and mend."""
+
+from __future__ import annotations
+
+import types
+import typing
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from fedllm.errors import ConfigError, nearest
+from fedllm.job.yaml_file import KeyPath, YamlFile, plain_value, read_yaml
+from fedllm.train.settings import HINTS
+
+M = TypeVar("M", bound=BaseModel)
+Origins = dict[str, str]
+
+
+def load_model(cls: type[M], path: Path, *, overrides: list[str]) -> tuple[M, Origins]:
+    """Return the object in a file, and where each value came from.
+
+    Args:
+        cls: The settings class.
+        path: The YAML file.
+        overrides: `key.path=value` settings that win over the file.
+
+    Raises:
+        ConfigError: The first error, with the others in `also`.
+    """
+    file = read_yaml(path)
+    origins: Origins = {dotted(keys): file.where(keys) for keys in file.lines}
+    for override in overrides:
+        _apply(file, override, origins)
+    try:
+        return cls.model_validate(file.values), origins
+    except ValidationError as error:
+        errors = [_explain(cls, file, item, origins) for item in error.errors(include_url=False)]
+        errors[0].also = tuple(errors[1:])
+        raise errors[0] from None
+
+
+def dotted(keys: KeyPath) -> str:
+    """Return `train.learning_rate` for a path of keys.
+
+    Args:
+        keys: Keys and indices from the top.
+    """
+    return ".".join(str(key) for key in keys)
+
+
+def _apply(file: YamlFile, override: str, origins: Origins) -> None:
+    name, equals, text = override.partition("=")
+    keys = name.strip().split(".")
+    if not equals or not all(keys):
+        raise ConfigError("BAD_VALUE", f"`{override}` is not key=value", where="--set", fix="for example train.seed=1")
+    target = file.values
+    for key in keys[:-1]:
+        target = target.setdefault(key, {})
+        if not isinstance(target, dict):
+            raise ConfigError("BAD_VALUE", f"`{key}` in `{name}` has no keys below it", where="--set")
+    target[keys[-1]] = _override_value(text.strip())
+    origins[name.strip()] = "flag"
+
+
+def _override_value(text: str) -> Any:
+    if text.startswith("[") and text.endswith("]"):
+        return [plain_value(item.strip()) for item in text[1:-1].split(",") if item.strip()]
+    return plain_value(text)
+
+
+def _explain(cls: type[BaseModel], file: YamlFile, item: Any, origins: Origins) -> ConfigError:
+    keys: KeyPath = tuple(key for key in item["loc"] if not isinstance(key, str) or _is_key(key))
+    name = dotted(keys)
+    where = "--set" if origins.get(name) == "flag" else file.where(keys)
+    kind = item["type"]
+    if kind == "extra_forbidden":
+        word = str(keys[-1])
+        section = settings_at(cls, keys[:-1], file.values)
+        fix = HINTS.get(word) or nearest(word, section.model_fields if section else ())
+        inside = f"`{dotted(keys[:-1])}`" if keys[:-1] else "this file"
+        return ConfigError("UNKNOWN_KEY", f"`{word}` is not a key of {inside}", where=where, fix=fix)
+    if kind == "missing":
+        return ConfigError("MISSING_KEY", f"`{name}` is missing", where=where, fix=_help(cls, keys, file.values))
+    if kind == "value_error":
+        text = str(item["ctx"]["error"])
+        code = "BAD_VALUE" if keys and name in origins and not isinstance(item["input"], dict) else "BAD_COMBINATION"
+        return ConfigError(code, f"`{name}`: {text}" if name else text, where=where)
+    what = f"`{name}` is {_shown(item['input'])}: {item['msg'][:1].lower()}{item['msg'][1:]}"
+    return ConfigError("BAD_VALUE", what, where=where, fix=_help(cls, keys, file.values))
+
+
+def _is_key(key: str) -> bool:
+    # pydantic adds the names of a union's members to the location.
+    return key not in ("str", "int", "float", "bool", "list[str]", "none") and "[" not in key
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _help(cls: type[BaseModel], keys: KeyPath, values: Any) -> str:
+    section = settings_at(cls, keys[:-1], values)
+    field = section.model_fields.get(str(keys[-1])) if section and keys else None
+    return (field.description or "") if field else ""
+
+
+def settings_at(cls: type[BaseModel], keys: KeyPath, values: Any) -> type[BaseModel] | None:
+    """Return the settings class of a section, or None.
+
+    Args:
+        cls: The class at the top.
+        keys: Path of the section.
+        values: The file's values, for the scenario's own section.
+    """
+    from fedllm.scenarios import SCENARIOS
+
+    current: type[BaseModel] | None = cls
+    for depth, key in enumerate(keys):
+        if current is None or str(key) not in current.model_fields:
+            return None
+        if depth == 0 and key == "federation" and "scenario" in cls.model_fields:
+            scenario = SCENARIOS.get(str(values.get("scenario", "FedHomoLLM")))
+            current = scenario.settings if scenario else None
+            continue
+        current = _class_of(current.model_fields[str(key)].annotation)
+    return current
+
+
+def _class_of(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType, typing.Annotated):
+        return next((cls for part in typing.get_args(annotation) if (cls := _class_of(part))), None)
+    return None

@@ -1,0 +1,35 @@
+"""party.yaml: what stays at a site. A site can only tighten what a job asks."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from fedllm.data.settings import DataSource
+
+NAME_PATTERN = r"^[a-z0-9][a-z0-9_-]{0,31}$"
+
+
+class Limits(BaseModel):
+    """What this site allows; None is no limit."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    allowed_scenarios: list[str] | None = Field(None, description="Scenarios that may run here.")
+    max_rounds: int | None = Field(None, ge=1, description="Most rounds of a job.")
+    min_parties: int = Field(2, ge=1, description="A job must have at least so many parties.")
+    max_upload_bytes_per_round: int | None = Field(None, ge=1, description="Most bytes that leave per round.")
+
+
+class Party(BaseModel):
+    """One site's own file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    schema_version: int = Field(1, ge=1, le=1, description="Version of this file's layout.")
+    name: str = Field(pattern=NAME_PATTERN, description="The party's name in the job: a-z, 0-9, - and _.")
+    data: DataSource = Field(description="Where this party's examples are. They are never sent.")
+    model_name_or_path: str | None = Field(
+        None, description="This site's own copy of the job's base model; its digest must agree."
+    )
+    device: str = Field("cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="cpu, cuda or cuda:N.")
+    limits: Limits = Field(Limits(), description="What this site allows.")

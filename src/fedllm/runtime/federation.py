@@ -1,0 +1,156 @@
+"""`ask` and `total` over any link: encoding, lineage checks, the byte ledger, and the exact sum."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from fedllm.aggregate.total import GridSum
+from fedllm.errors import PayloadError
+from fedllm.runtime.base import HANDSHAKE, HEADROOM_BYTES, SERVER, Link, Timings
+from fedllm.scenarios.base import Reply, Summand, Total
+from fedllm.wire.frame import Frame, check_manifest, decode, encode, from_bytes, to_bytes
+from fedllm.wire.ledger import ByteLedger
+from fedllm.wire.payload import Envelope, Failure, Manifest, Payload
+
+Notify = Callable[[str, str, int], None]
+
+
+class LinkedFederation:
+    """The server's view of the parties. See `fedllm.scenarios.base.Federation`.
+
+    Tensors that a party holds already are sent as a digest: a party that has just evaluated the global adapter is
+    not sent it again to train on.
+    """
+
+    def __init__(
+        self,
+        link: Link,
+        *,
+        kinds: Mapping[str, type[Payload]],
+        job_digest: str,
+        run_id: str,
+        timeout_s: float,
+        notify: Notify = lambda event, party, round_: None,
+    ) -> None:
+        self._link, self._kinds = link, dict(kinds) | HANDSHAKE
+        self._job_digest, self._run_id, self._timeout_s = job_digest, run_id, timeout_s
+        self._notify = notify
+        self._sequence = 0
+        self._held_by: dict[str, str] = {}
+        self.trained: dict[str, int] = dict.fromkeys(link.parties, 0)
+        self.ledger = ByteLedger()
+        self.timings = Timings()
+
+    @property
+    def parties(self) -> tuple[str, ...]:
+        """The parties of the run, in the job's order."""
+        return self._link.parties
+
+    def ask(self, request: Payload, *, round_: int, to: Sequence[str]) -> Iterator[Reply]:
+        """Yield each party's answer as it arrives; what could not be used is a `Failure`."""
+        frames = self._frames(request, round_, to)
+        unsent = list(to)
+        # A second pass serves the parties that no longer hold the tensors they were sent by digest.
+        while unsent:
+            retry: list[str] = []
+            messages = {party: self._bytes(frames[party]) for party in unsent}
+            for party, data in self._exchange(messages, round_):
+                payload = self._decoded(data, frames[party].envelope)
+                if isinstance(payload, Failure) and payload.code == "BLOB_MISSING" and party in self._held_by:
+                    del self._held_by[party]
+                    retry.append(party)
+                    continue
+                self._remember(party, frames[party], request, payload)
+                yield Reply(party, payload)
+            unsent = retry
+
+    def total(self, request: Payload, *, round_: int, to: Sequence[str], manifest: Manifest) -> Total:
+        """Return the weighted sum of the answers and who is in it, nothing else."""
+        grid, inside, failures = GridSum(), [], dict[str, str]()
+        for reply in self.ask(request, round_=round_, to=to):
+            started = time.perf_counter()
+            try:
+                self._fold(grid, reply, manifest)
+                inside.append(reply.party)
+            except PayloadError as error:
+                failures[reply.party] = error.code
+            self.timings.aggregate += time.perf_counter() - started
+        order = [party for party in to if party in inside]
+        return Total(tuple(order), grid.means(), grid.weight, grid.counts(), failures)
+
+    def _fold(self, grid: GridSum, reply: Reply, manifest: Manifest) -> None:
+        payload = reply.payload
+        if isinstance(payload, Failure):
+            raise PayloadError(payload.code, "the party failed", where=reply.party)
+        if not isinstance(payload, Summand):
+            raise PayloadError("PAYLOAD_REFUSED", "the answer is not a summand", where=reply.party)
+        check_manifest(payload.tensors, manifest, sender=reply.party)
+        grid.add(payload.tensors, weight=payload.weight, counts=payload.counts, sender=reply.party)
+
+    def _frames(self, request: Payload, round_: int, to: Sequence[str]) -> dict[str, Frame]:
+        frames: dict[str, Frame] = {}
+        first: Frame | None = None
+        for party in to:
+            envelope = Envelope(
+                job_digest=self._job_digest,
+                run_id=self._run_id,
+                round=round_,
+                sequence=self._sequence,
+                sender=SERVER,
+                recipient=party,
+            )
+            # The tensors are encoded once, however many parties there are.
+            first = first or encode(request, envelope)
+            frames[party] = Frame(envelope, first.kind, first.fields, first.blob, first.blob_digest)
+        self._sequence += 1
+        return frames
+
+    def _bytes(self, frame: Frame) -> bytes:
+        held = bool(frame.blob) and self._held_by.get(frame.envelope.recipient) == frame.blob_digest
+        return to_bytes(frame, omit_blob=held)
+
+    def _exchange(self, messages: Mapping[str, bytes], round_: int) -> Iterator[tuple[str, bytes | None]]:
+        for party, data in messages.items():
+            self.ledger.add(round_=round_, party=party, direction="down", num_bytes=len(data))
+            self._notify("asked", party, round_)
+        started = time.perf_counter()
+        for party, answer in self._link.exchange(messages, timeout_s=self._timeout_s):
+            self.timings.wait += time.perf_counter() - started
+            if answer is not None:
+                self.ledger.add(round_=round_, party=party, direction="up", num_bytes=len(answer))
+            self._notify("answered", party, round_)
+            yield party, answer
+            started = time.perf_counter()
+
+    def _remember(self, party: str, frame: Frame, request: Payload, payload: Payload) -> None:
+        if isinstance(payload, Failure):
+            return
+        if frame.blob:
+            self._held_by[party] = frame.blob_digest
+        if request.commits:
+            self.trained[party] = frame.envelope.round
+
+    def _decoded(self, data: bytes | None, sent: Envelope) -> Payload:
+        if data is None:
+            return Failure(code="ROUND_TIMEOUT")
+        try:
+            frame = from_bytes(data, max_bytes=self._max_bytes())
+            if frame.envelope != sent.reply():
+                raise PayloadError("PAYLOAD_REFUSED", "the answer belongs to another request", where=sent.recipient)
+            return decode(frame, self._kinds)
+        except PayloadError as error:
+            return Failure(code=error.code)
+
+    def expect(self, manifest: Manifest) -> None:
+        """Set the largest answer that is accepted, from the tensors agreed at the handshake.
+
+        Args:
+            manifest: The adapter's names, dtypes and shapes.
+        """
+        self._payload_bytes = sum(spec.num_bytes for spec in manifest.values())
+
+    _payload_bytes = 0
+
+    def _max_bytes(self) -> int:
+        return 2 * self._payload_bytes + 16 * HEADROOM_BYTES

@@ -1,0 +1,133 @@
+"""A party's side of a link: decode, check lineage, let the client half answer, save its state, encode."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from fedllm.errors import FedllmError, PayloadError
+from fedllm.runs.checkpoint import Generations
+from fedllm.runs.metrics import RowFile
+from fedllm.runtime.base import HANDSHAKE, SERVER, Done, Hello, Ready, Restore
+from fedllm.scenarios.base import ClientHalf, Log
+from fedllm.wire.frame import Frame, decode, encode, from_bytes, to_bytes, with_blob
+from fedllm.wire.payload import Envelope, Failure, Payload
+
+_log = logging.getLogger("fedllm.party")
+
+
+@dataclass
+class Blobs:
+    """The last tensors received in a process, by digest; shared by all its parties, since they hold the same."""
+
+    held: dict[str, bytes]
+
+    def keep(self, frame: Frame) -> None:
+        """Keep a message's tensors and forget the ones before."""
+        if frame.blob and frame.blob_digest not in self.held:
+            self.held.clear()
+            self.held[frame.blob_digest] = frame.blob
+
+
+@dataclass
+class PartyHost:
+    """One party of a run. `open_client` makes a fresh client half; nothing of it survives a restart but its state."""
+
+    party: str
+    job_digest: str
+    kinds: Mapping[str, type[Payload]]
+    open_client: Callable[[Log], ClientHalf]
+    ready: Callable[[list[int]], Ready]
+    states: Generations
+    rows: RowFile
+    blobs: Blobs
+    client: ClientHalf | None = None
+    _last: int = 0
+
+    def handle(self, data: bytes, *, timeout_s: float) -> bytes:
+        """Return the answer to one message. Whatever goes wrong leaves as a code; its text stays in the party's log.
+
+        Args:
+            data: The message.
+            timeout_s: Time to answer, in seconds.
+        """
+        deadline = time.monotonic() + timeout_s
+        frame = from_bytes(data, max_bytes=len(data))
+        try:
+            self._check_lineage(frame.envelope)
+            frame = with_blob(frame, self.blobs.held)
+            self.blobs.keep(frame)
+            payload = self._answer(decode(frame, dict(self.kinds) | HANDSHAKE), frame.envelope.round, deadline)
+        except FedllmError as error:
+            _log.error("party %s: %s", self.party, error)
+            payload = Failure(code=error.code)
+        except Exception:  # noqa: BLE001  (the party's boundary: no exception text crosses it)
+            _log.exception("party %s failed", self.party)
+            payload = Failure(code="PARTY_FAILED")
+        return to_bytes(encode(payload, frame.envelope.reply()))
+
+    def _check_lineage(self, envelope: Envelope) -> None:
+        expected = (self.job_digest, self.states.run_id, SERVER, self.party)
+        if (envelope.job_digest, envelope.run_id, envelope.sender, envelope.recipient) != expected:
+            raise PayloadError("PAYLOAD_REFUSED", "the message belongs to another job, run or party", where=self.party)
+
+    def _answer(self, request: Payload, round_: int, deadline: float) -> Payload:
+        match request:
+            case Hello():
+                self.blobs.held.clear()
+                return self.ready(self._restorable(request))
+            case Restore():
+                self._restore(request)
+                return Done()
+        if self.client is None:
+            raise PayloadError("PAYLOAD_REFUSED", "a request before the handshake", where=self.party)
+        return self._commit(request, round_, deadline) if request.commits else self._handle(request, round_, deadline)
+
+    def _handle(self, request: Payload, round_: int, deadline: float) -> Payload:
+        assert self.client is not None  # noqa: S101
+        return self.client.handle(request, round_=round_, deadline=deadline)
+
+    def _commit(self, request: Payload, round_: int, deadline: float) -> Payload:
+        started = time.perf_counter()
+        try:
+            answer = self._handle(request, round_, deadline)
+            self.log(round_, None, {"seconds_compute": time.perf_counter() - started})
+            assert self.client is not None  # noqa: S101
+            self.states.save(self.client.state())
+        except Exception:
+            # A half-trained state must not leak into the next round: go back to the last one saved.
+            self._reopen(self._last)
+            raise
+        self._last = round_
+        return answer
+
+    def log(self, round_: int, split: str | None, values: Mapping[str, float | int | None]) -> None:
+        """Write metrics to the party's own file.
+
+        Args:
+            round_: The round.
+            split: What they were measured on.
+            values: Metrics by name.
+        """
+        head = {"round": round_, "party": self.party, "split": split}
+        self.rows.append([head | {"name": name, "value": value} for name, value in values.items()])
+
+    def _restorable(self, hello: Hello) -> list[int]:
+        valid = {0, *self.states.valid()}
+        trained = hello.trained.get(self.party, [])
+        return [number for number, last in zip(hello.rounds, trained, strict=True) if last in valid]
+
+    def _restore(self, request: Restore) -> None:
+        last = request.trained[self.party]
+        self._reopen(last)
+        self.states.forget_after(last)
+        self.rows.rewind(request.committed_round)
+
+    def _reopen(self, last_trained: int) -> None:
+        state = self.states.load(last_trained) if last_trained else None
+        self.client = self.open_client(self.log)
+        if state is not None:
+            self.client.restore(state)
+        self._last = last_trained

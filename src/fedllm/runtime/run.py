@@ -1,0 +1,334 @@
+"""Run, resume and finish a job on this machine. What the command line does, Python can do with these functions."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedllm.errors import ConfigError, DataError, FedllmError, ResourceError, RunPaused
+from fedllm.job.check import check_job
+from fedllm.job.job import Job, LocatedParty, load_parties
+from fedllm.models.adapter import save_adapter
+from fedllm.models.digest import file_digest
+from fedllm.runs.card import model_card
+from fedllm.runs.folder import RunFolder, run_identity
+from fedllm.runs.jsonl import Row, disk_error, read_rows, write_atomic, write_json
+from fedllm.runs.metrics import run_rows
+from fedllm.runs.plan_files import read_plan, write_plan, write_provenance
+from fedllm.runs.report import write_report
+from fedllm.runtime.base import Link, Ready
+from fedllm.runtime.driver import Driver, Outcome
+from fedllm.runtime.federation import LinkedFederation
+from fedllm.runtime.host import PartyHost
+from fedllm.runtime.local import InProcessLink
+from fedllm.runtime.site import Site, base_folder, open_host, open_site, party_tokens
+from fedllm.scenarios.base import ServerHalf, TokenData
+from fedllm.train.base import LocalTrainer
+from fedllm.train.supervised import SupervisedTrainer
+from fedllm.wire.payload import Tensors
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Callbacks for a live view: `on_round(number, rows)`, `on_party(event, party, round)`."""
+
+    on_round: Callable[[int, list[Row]], None] = lambda number, rows: None
+    on_party: Callable[[str, str, int], None] = lambda event, party, round_: None
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A run as it stands on disk."""
+
+    path: Path
+    status: str
+    rounds: int
+    best_round: int | None
+    adapter_sha256: str | None
+
+    @property
+    def adapter(self) -> Path:
+        """The folder of the tuned adapter, in PEFT's layout."""
+        return self.path / "adapter"
+
+    def rows(self) -> list[Row]:
+        """Return the metrics, a dict per value: round, party, split, name, value."""
+        return run_rows(self.path)
+
+
+def run_local(
+    job: Job,
+    *,
+    parties: list[LocatedParty] | None = None,
+    output: Path | None = None,
+    trainer: LocalTrainer | None = None,
+    num_workers: int = 0,
+    watch: Watch | None = None,
+) -> RunResult:
+    """Run a job with all its parties on this machine and return the result.
+
+    Args:
+        job: The job.
+        parties: Its party files; by default `parties/NAME.yaml` beside the job file.
+        output: The run folder; by default `runs/NAME-DIGEST`.
+        trainer: Another local trainer than the supervised one, such as `fedllm.HFTrainer(MyTrainer)`.
+        num_workers: Worker processes that share out the parties; 0 runs all in this process.
+        watch: Callbacks for a live view.
+
+    Raises:
+        FedllmError: See its code; `RunPaused` can be resumed with `resume`.
+    """
+    parties = parties if parties is not None else load_parties(job)
+    check_job(job, parties)
+    path = output or Path("runs") / f"{job.name}-{job.digest[:8]}"
+    run = RunFolder.create(path, job_digest=job.digest)
+    try:
+        write_plan(run, job, parties)
+        return _run(run, job, parties, trainer=trainer, num_workers=num_workers, watch=watch)
+    finally:
+        run.close()
+
+
+def resume(
+    path: Path, *, trainer: LocalTrainer | None = None, num_workers: int = 0, watch: Watch | None = None
+) -> RunResult:
+    """Go on with a run from its last committed round and return the result.
+
+    Args:
+        path: The run folder.
+        trainer: The trainer that the run was started with, if it was not the default.
+        num_workers: Worker processes; another number than before gives the same bits.
+        watch: Callbacks for a live view.
+
+    Raises:
+        FedllmError: See its code; `STATE_CORRUPT` when no checkpoint can be read.
+    """
+    job, parties = read_plan(path)
+    run = RunFolder.open(path)
+    try:
+        if (finished := read_result(path)) and finished.adapter_sha256:
+            return finished
+        run.event("run_resumed")
+        return _run(run, job, parties, trainer=trainer, num_workers=num_workers, watch=watch)
+    finally:
+        run.close()
+
+
+def _run(
+    run: RunFolder,
+    job: Job,
+    parties: list[LocatedParty],
+    *,
+    trainer: LocalTrainer | None,
+    num_workers: int,
+    watch: Watch | None,
+) -> RunResult:
+    if num_workers and trainer is not None:
+        raise ConfigError(
+            "BAD_COMBINATION", "a trainer of your own cannot travel to worker processes", fix="set num_workers=0"
+        )
+    with concluding(run):
+        if num_workers:
+            from fedllm.runtime.workers import WorkerLink
+
+            link: Link = WorkerLink(job, parties, run, num_workers=num_workers)
+        else:
+            site = open_site(job, parties)
+            data = {located.party.name: party_tokens(site, located) for located in parties}
+            link = InProcessLink(local_hosts(site, data, run, trainer=trainer))
+        try:
+            outcome = drive(run, job, link, watch=watch)
+        finally:
+            link.close()
+        return finish(run, job, parties, outcome)
+
+
+def local_hosts(
+    site: Site, data: Mapping[str, TokenData], run: RunFolder, *, trainer: LocalTrainer | None = None
+) -> dict[str, PartyHost]:
+    """Return the hosts of parties in this process, by name.
+
+    Args:
+        site: What the process shares.
+        data: Each party's tokens.
+        run: The run folder.
+        trainer: The local trainer; supervised by default.
+    """
+    trainer = trainer or SupervisedTrainer()
+    for party, tokens in data.items():
+        check_data_unchanged(run, party, tokens)
+    return {party: open_host(site, party, data[party], run=run, trainer=trainer) for party in data}
+
+
+def check_data_unchanged(run: RunFolder, party: str, tokens: TokenData) -> None:
+    """Note the digest of a party's data at the party; on resume, refuse data that changed.
+
+    Args:
+        run: The run folder.
+        party: The party.
+        tokens: Its data.
+
+    Raises:
+        DataError: `DATA_CHANGED`.
+    """
+    text = repr([[example.input_ids for example in split] for split in (tokens.train, tokens.held_out)])
+    facts = {
+        "sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "train_examples": len(tokens.train),
+        "held_out_examples": len(tokens.held_out),
+    }
+    path = run.path / "parties" / party / "data.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        write_json(path, facts)
+    elif json.loads(path.read_text(encoding="utf-8")) != facts:
+        raise DataError(
+            "DATA_CHANGED",
+            "the party's data are not those that the run began with",
+            where=f"party {party}",
+            fix="put the old data back, or start a new run",
+        )
+
+
+def drive(run: RunFolder, job: Job, link: Link, *, watch: Watch | None = None) -> Outcome:
+    """Return the outcome of all rounds that are left, over any link.
+
+    Args:
+        run: The run folder.
+        job: The job.
+        link: To the parties.
+        watch: Callbacks for a live view.
+    """
+    watch = watch or Watch()
+    line = job.table_line()
+    federation = LinkedFederation(
+        link,
+        kinds=line.kinds(),
+        job_digest=run.job_digest,
+        run_id=run.run_id,
+        timeout_s=job.federation.round_timeout,
+        notify=watch.on_party,
+    )
+    server: ServerHalf = line.server(job.federation, seed=job.seed, common=job.evaluate.test is not None)
+
+    def on_ready(ready: Ready) -> None:
+        digests = {name: getattr(ready, name) for name in ("base_digest", "tokenizer_digest", "template_digest")}
+        write_provenance(run, job, **digests)
+        write_json(run.path / "parties.json", [party_facts(run, party) for party in link.parties])
+
+    return Driver(run, federation, server, job.federation.num_rounds, watch.on_round, on_ready).drive()
+
+
+def party_facts(run: RunFolder, party: str) -> dict[str, str | int]:
+    """Return a party's name and numbers of examples, as far as they are on this machine.
+
+    Args:
+        run: The run folder.
+        party: The party.
+    """
+    facts = json.loads((run.path / "parties" / party / "data.json").read_text(encoding="utf-8"))
+    counts = {name: facts[name] for name in ("train_examples", "held_out_examples")}
+    return {"party": party, **counts}
+
+
+@contextmanager
+def concluding(run: RunFolder) -> Iterator[None]:
+    """Write the verdict when a run stops before its end, and let the error pass.
+
+    Args:
+        run: The run folder.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        _conclude(run, "PAUSED", "It was interrupted.", code="INTERRUPTED")
+        raise
+    except FedllmError as error:
+        paused = isinstance(error, RunPaused | ResourceError)
+        _conclude(run, "PAUSED" if paused else "FAILED", f"{error.what} [{error.code}]", code=error.code)
+        raise
+    except Exception as error:
+        _conclude(run, "FAILED", f"An unexpected {type(error).__name__}: a fault of fedllm.", code="UNEXPECTED")
+        raise
+
+
+def _conclude(run: RunFolder, status: str, reason: str, *, code: str) -> None:
+    event = {"PAUSED": "run_paused", "FAILED": "run_failed"}[status]
+    # A full disk may be why the run stops: the error that says so must get through.
+    with suppress(ResourceError):
+        run.event(event, code=code, detail=reason)
+        rounds = run.last_commit() or 0
+        again = f"fedllm resume {run.path}"
+        write_json(run.path / "result.json", _result(status, reason, again, rounds, None, None))
+        write_report(run.path)
+
+
+def _result(
+    status: str, reason: str, again: str, rounds: int, best: int | None, sha256: str | None
+) -> dict[str, str | int | None]:
+    return {
+        "status": status,
+        "reason": reason,
+        "next": again,
+        "rounds": rounds,
+        "best_round": best,
+        "adapter_sha256": sha256,
+    }
+
+
+def finish(run: RunFolder, job: Job, parties: list[LocatedParty], outcome: Outcome) -> RunResult:
+    """Write the adapter, its card, the verdict and the report, and return the result.
+
+    Args:
+        run: The run folder.
+        job: The job.
+        parties: The parties of this machine.
+        outcome: From `drive`.
+    """
+    server: ServerHalf = job.table_line().server(job.federation, seed=job.seed, common=False)
+    tensors, best = server.final(outcome.state)
+    sha256 = _deliver(run, job, parties, tensors)
+    failed = sorted({row["party"] for row in read_rows(run.path / "events.jsonl") if row["event"] == "party_failed"})
+    status = "PARTIAL" if failed else "SUCCESS"
+    reason = f"All {outcome.state.round} rounds were committed"
+    reason += f"; {', '.join(failed)} missed at least one." if failed else " with every party asked."
+    run.event("run_finished", detail=status)
+    again = f"fedllm eval {run.path}"
+    write_json(run.path / "result.json", _result(status, reason, again, outcome.state.round, best, sha256))
+    write_atomic(run.path / "adapter" / "README.md", model_card(run.path).encode())
+    write_report(run.path)
+    return RunResult(run.path, status, outcome.state.round, best, sha256)
+
+
+def _deliver(run: RunFolder, job: Job, parties: list[LocatedParty], tensors: Tensors) -> str:
+    folder, draft = run.path / "adapter", run.path / "adapter.tmp"
+    shutil.rmtree(draft, ignore_errors=True)
+    base, _ = base_folder(job, parties)
+    name = job.model.model_name_or_path
+    known_as = str(job.path(name)) if job.path(name).is_dir() else name
+    try:
+        save_adapter(tensors, folder=draft, base=base, peft=job.peft, name=known_as)
+        shutil.rmtree(folder, ignore_errors=True)
+        draft.replace(folder)
+    except OSError as error:
+        raise disk_error(error, folder) from None
+    return file_digest(folder / "adapter_model.safetensors")
+
+
+def read_result(path: Path) -> RunResult | None:
+    """Return the result of a run as it stands on disk, or None before there is one.
+
+    Args:
+        path: The run folder.
+    """
+    run_identity(path)
+    try:
+        found = json.loads((path / "result.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return RunResult(path, found["status"], found["rounds"], found["best_round"], found["adapter_sha256"])

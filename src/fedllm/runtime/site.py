@@ -1,0 +1,202 @@
+"""What a process loads once for all its parties: the base model, the adapter on it, and each party's tokens."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fedllm.data.formats import Example
+from fedllm.data.read import read_examples, read_party_data
+from fedllm.data.settings import DataSettings
+from fedllm.data.template import template_digest
+from fedllm.data.tokens import TokenisedExample, tokenise_all
+from fedllm.errors import ConfigError
+from fedllm.job.job import Job, LocatedParty
+from fedllm.models.adapter import TunableModel
+from fedllm.models.load import Base, find_base, load_base
+from fedllm.runs.folder import RunFolder
+from fedllm.runs.plan_files import versions
+from fedllm.runtime.base import Ready
+from fedllm.runtime.host import Blobs, PartyHost
+from fedllm.scenarios.base import ClientContext, ClientHalf, Log, TokenData
+from fedllm.train.base import LocalTrainer
+
+
+@dataclass
+class Site:
+    """A process's share of a run: one frozen base model, however many parties."""
+
+    job: Job
+    base: Base
+    folder: Path
+    model: TunableModel
+    blobs: Blobs
+    common: list[TokenisedExample]
+    common_digest: str
+    template_digest: str
+
+
+def base_folder(job: Job, parties: list[LocatedParty]) -> tuple[Path, str]:
+    """Return the folder of the base model, and the device, that all parties on this machine share.
+
+    Args:
+        job: The job.
+        parties: The parties that run here.
+
+    Raises:
+        ConfigError: `BAD_COMBINATION` when parties on one machine name different folders or devices.
+    """
+    found = {
+        find_base(job.model, base_dir=located.base_dir, override=located.party.model_name_or_path)
+        if located.party.model_name_or_path
+        else find_base(job.model, base_dir=job.base_dir)
+        for located in parties
+    }
+    devices = {located.party.device for located in parties}
+    if len(found) > 1 or len(devices) > 1:
+        raise ConfigError(
+            "BAD_COMBINATION",
+            f"on one machine the parties share one base model on one device; they name {len(found)} folders and "
+            f"{len(devices)} devices",
+            where="party files",
+            fix="give them the same `model_name_or_path` and `device`",
+        )
+    return found.pop(), devices.pop()
+
+
+def open_site(job: Job, parties: list[LocatedParty], *, base: Base | None = None) -> Site:
+    """Return the loaded base model with a fresh adapter, and the common test set.
+
+    Args:
+        job: The job.
+        parties: The parties that run in this process.
+        base: A base model that is loaded already.
+    """
+    torch.set_num_threads(job.runtime.num_threads)
+    folder, device = base_folder(job, parties)
+    base = base or load_base(job.model, folder=folder, device=device)
+    settings = data_settings(job)
+    common, digest = common_tokens(job, base)
+    return Site(
+        job=job,
+        base=base,
+        folder=folder,
+        model=TunableModel(base.model, job.peft),
+        blobs=Blobs({}),
+        common=common,
+        common_digest=digest,
+        template_digest=template_digest(base.tokenizer, settings),
+    )
+
+
+def data_settings(job: Job) -> DataSettings:
+    """Return the job's `data` section with absolute paths.
+
+    Args:
+        job: The job.
+    """
+    return job.data.with_base_dir(job.base_dir)
+
+
+def common_examples(job: Job) -> tuple[Example, ...]:
+    """Return the job's common test set; empty if it names none.
+
+    Args:
+        job: The job.
+    """
+    if job.evaluate.test is None:
+        return ()
+    found = read_examples(job.evaluate.test, base_dir=job.base_dir, text_field=job.data.dataset_text_field)
+    return found[: job.evaluate.max_examples]
+
+
+def common_tokens(job: Job, base: Base) -> tuple[list[TokenisedExample], str]:
+    """Return the common test set as tokens, and its SHA-256.
+
+    Args:
+        job: The job.
+        base: For the tokenizer.
+    """
+    examples = common_examples(job)
+    if not examples:
+        return [], hashlib.sha256(b"").hexdigest()
+    tokens, _ = tokenise_all(examples, base.tokenizer, data_settings(job))
+    digest = hashlib.sha256(repr([example.input_ids for example in tokens]).encode()).hexdigest()
+    return tokens, digest
+
+
+def party_tokens(site: Site, located: LocatedParty) -> TokenData:
+    """Return a party's training and held-out examples as tokens.
+
+    Args:
+        site: For the tokenizer and the job.
+        located: The party.
+
+    Raises:
+        DataError: The data cannot be used as they are.
+    """
+    job, settings, tokenizer = site.job, data_settings(site.job), site.base.tokenizer
+    read = read_party_data(
+        located.party.data,
+        base_dir=located.base_dir,
+        text_field=job.data.dataset_text_field,
+        seed=job.seed,
+        party=located.party.name,
+    )
+    train, _ = tokenise_all(read.train, tokenizer, settings)
+    held_out = tokenise_all(read.held_out, tokenizer, settings)[0] if read.held_out else []
+    return TokenData(train, held_out, site.common)
+
+
+def open_host(site: Site, name: str, data: TokenData, *, run: RunFolder, trainer: LocalTrainer) -> PartyHost:
+    """Return one party of a run, ready to answer.
+
+    Args:
+        site: What the process shares.
+        name: The party.
+        data: Its tokens.
+        run: The run folder.
+        trainer: The local trainer.
+    """
+    job, line = site.job, site.job.table_line()
+
+    def ready(rounds: list[int]) -> Ready:
+        return Ready(
+            base_digest=site.base.digest,
+            tokenizer_digest=site.base.tokenizer_digest,
+            template_digest=site.template_digest,
+            common_digest=site.common_digest,
+            manifest=site.model.manifest,
+            versions=versions(),
+            rounds=rounds,
+        )
+
+    def open_client(log: Log) -> ClientHalf:
+        context = ClientContext(
+            party=name,
+            seed=job.seed,
+            settings=job.federation,
+            model=site.model,
+            pad_id=site.base.tokenizer.pad_token_id,
+            data=data,
+            data_settings=data_settings(job),
+            train_settings=job.train,
+            eval_batch_size=job.evaluate.per_device_eval_batch_size,
+            trainer=trainer,
+            log=log,
+        )
+        return line.client(context)
+
+    return PartyHost(
+        party=name,
+        job_digest=run.job_digest,
+        kinds=line.kinds(),
+        open_client=open_client,
+        ready=ready,
+        states=run.party_states(name),
+        rows=run.party_rows(name),
+        blobs=site.blobs,
+    )

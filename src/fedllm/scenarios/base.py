@@ -1,0 +1,177 @@
+"""The seams of a conversation: what a server half and a client half may use, and what they hand back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from fedllm.data.settings import DataSettings
+from fedllm.data.tokens import TokenisedExample
+from fedllm.models.adapter import TunableModel
+from fedllm.train.base import LocalTrainer
+from fedllm.train.settings import TrainSettings
+from fedllm.wire.payload import Failure, Manifest, Payload, Tensors
+
+Row = dict[str, Any]
+Log = Callable[[int, str | None, Mapping[str, float | int | None]], None]
+
+
+class ScenarioSettings(BaseModel):
+    """The job's `federation` section: the words that every scenario shares."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    num_rounds: int = Field(ge=1, description="Rounds of the run.")
+    min_parties: int = Field(2, ge=1, description="A round with fewer answers pauses the run.")
+    fraction_train: float = Field(1.0, gt=0, le=1, description="Share of the parties drawn for each round.")
+    round_timeout: float = Field(3600.0, gt=0, description="Seconds that a party has for one request.")
+
+
+@dataclass(frozen=True)
+class State:
+    """All that a half must remember from one round to the next: named tensors and plain fields."""
+
+    round: int
+    tensors: Tensors
+    fields: dict[str, Any] = field(default_factory=dict)
+
+
+class Summand(Payload):
+    """A reply that only ever becomes part of a sum: `tensors` times `weight`, and `counts` as they are."""
+
+    weight: int = Field(ge=0, le=2**40)
+    counts: dict[str, float]
+    tensors: Tensors
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One party's answer, visible to the server."""
+
+    party: str
+    payload: Payload
+
+
+@dataclass(frozen=True)
+class Total:
+    """The sum over the parties that answered, who they are, and who failed with which code."""
+
+    parties: tuple[str, ...]
+    means: Tensors
+    weight: int
+    counts: dict[str, float]
+    failures: dict[str, str]
+
+
+class Federation(Protocol):
+    """What a server half talks to: two calls carry every protocol."""
+
+    @property
+    def parties(self) -> tuple[str, ...]:
+        """The parties of the run, in the job's order."""
+        ...
+
+    def ask(self, request: Payload, *, round_: int, to: Sequence[str]) -> Iterator[Reply]:
+        """Yield each party's answer as it arrives; a failure is a `Failure` payload."""
+        ...
+
+    def total(self, request: Payload, *, round_: int, to: Sequence[str], manifest: Manifest) -> Total:
+        """Return the weighted sum of the answers (each a `Summand`) and who is in it, nothing else."""
+        ...
+
+
+@dataclass(frozen=True)
+class RoundResult:
+    """What a server half hands back after a round."""
+
+    state: State
+    rows: list[Row]
+    failures: dict[str, str]
+
+
+class ServerHalf(Protocol):
+    """The server's side of a scenario. Between rounds it lives in a `State` and nowhere else."""
+
+    def start(self, federation: Federation) -> RoundResult:
+        """Return the state of round 0."""
+        ...
+
+    def round(self, federation: Federation, state: State) -> RoundResult:
+        """Return the state after the next round."""
+        ...
+
+    def final(self, state: State) -> tuple[Tensors, int]:
+        """Return the tensors to deliver and the round they are of."""
+        ...
+
+
+@dataclass(frozen=True)
+class TokenData:
+    """A party's examples as tokens; `common` is the job's common test set, the same everywhere."""
+
+    train: Sequence[TokenisedExample]
+    held_out: Sequence[TokenisedExample]
+    common: Sequence[TokenisedExample]
+
+
+@dataclass(frozen=True)
+class ClientContext:
+    """What a client half may use; nothing of it leaves the party except through its replies.
+
+    `settings` is the scenario's own; `log(round, split, values)` writes metrics that stay at the party.
+    """
+
+    party: str
+    seed: int
+    settings: Any
+    model: TunableModel
+    pad_id: int
+    data: TokenData
+    data_settings: DataSettings
+    train_settings: TrainSettings
+    eval_batch_size: int
+    trainer: LocalTrainer
+    log: Log
+    on_step: Callable[[int, int], None] = lambda step, num_steps: None
+
+
+class ClientHalf(Protocol):
+    """A party's side of a scenario."""
+
+    def handle(self, request: Payload, *, round_: int, deadline: float) -> Payload:
+        """Return the answer to one request.
+
+        Args:
+            request: One of the scenario's request payloads.
+            round_: The round.
+            deadline: `time.monotonic()` at which to give up with `ROUND_TIMEOUT`.
+        """
+        ...
+
+    def state(self) -> State:
+        """Return what must survive a crash; its round is the last one trained in."""
+        ...
+
+    def restore(self, state: State) -> None:
+        """Take back what `state` returned."""
+        ...
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """One line of the table of scenarios."""
+
+    settings: type[ScenarioSettings]
+    requests: tuple[type[Payload], ...]
+    replies: tuple[type[Payload], ...]
+    server: Callable[..., ServerHalf]
+    client: Callable[[ClientContext], ClientHalf]
+    who_learns_what: tuple[str, ...]
+
+    def kinds(self) -> dict[str, type[Payload]]:
+        """Return the closed schema of the conversation: payload classes by name."""
+        classes: list[type[Payload]] = [*self.requests, *self.replies, Failure]
+        return {cls.__name__: cls for cls in classes}

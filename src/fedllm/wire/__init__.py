@@ -1,0 +1,1 @@
+"""Payload <-> bytes, checks on receipt, and the byte ledger."""
