@@ -73,8 +73,9 @@ def collate(
 
     Without packing: `input_ids`, `attention_mask` (1 = token, 0 = padding), `labels` (-100 where not a target); row
     i is example i. With packing: `input_ids`, `labels`, `position_ids` and `example_ids`; no attention mask,
-    because transformers keeps packed examples apart only where none is given. Positions start again at 0 with each
-    example and with the padding; `example_ids` is the index of the example a token is of, -1 for padding.
+    because transformers keeps packed examples apart only where none is given and `use_cache=False`. Positions start
+    again at 0 with each example and with the padding; `example_ids` (not for the model) is the index of the example
+    that a token is of, -1 for padding.
 
     Args:
         examples: At least one.

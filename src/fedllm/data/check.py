@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedllm.data.files import Place
-from fedllm.data.formats import ColumnMap, Example
+from fedllm.data.formats import ColumnMap, Example, content_digest
 from fedllm.data.read import Problem, Scan, scan_source
 from fedllm.data.settings import DataSettings, DataSource
 from fedllm.data.template import chat_template, render_ids, template_digest
@@ -167,7 +165,7 @@ def check_data(
         repeated=repeated,
         contradicting=contradicting,
         holding_special_tokens=_holding_special_tokens(scan, tokenizer),
-        content_digest=_content_digest(scan.examples),
+        content_digest=content_digest(scan.examples),
         template_digest=_template_digest(tokenizer, settings),
         template_writes_stop=None if tokenised.refusal else _template_writes_stop(scan, tokenizer, settings),
         tokens=_counts(tokenised, settings, stop_id(tokenizer)) if tokenised.whole else None,
@@ -248,15 +246,6 @@ def _holding_special_tokens(scan: Scan, tokenizer: PreTrainedTokenizerBase) -> t
         for place, example in zip(scan.places, scan.examples, strict=True)
         if any(token in text for text in example.strings() for token in special)
     )
-
-
-def _content_digest(examples: Iterable[Example]) -> str:
-    digest = hashlib.sha256()
-    for example in examples:
-        messages = [[message.role, message.content] for message in example.messages]
-        fields = [messages, example.prompt, example.completion, example.text]
-        digest.update(json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode() + b"\n")
-    return digest.hexdigest()
 
 
 def _template_digest(tokenizer: PreTrainedTokenizerBase, settings: DataSettings) -> str | None:

@@ -5,6 +5,8 @@ Imports neither torch nor transformers: settings and the command line use it.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -48,22 +50,25 @@ class Message:
     content: str = field(repr=False)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Example:
     """One training example in canonical form: a chat, a prompt with its completion, or plain text.
 
     Equal examples are duplicates. The repr shows no content, so that a log cannot hold a row.
     """
 
-    messages: tuple[Message, ...] = field(default=(), repr=False)
-    prompt: str | None = field(default=None, repr=False)
-    completion: str | None = field(default=None, repr=False)
-    text: str | None = field(default=None, repr=False)
+    messages: tuple[Message, ...] = ()
+    prompt: str | None = None
+    completion: str | None = None
+    text: str | None = None
 
     def __post_init__(self) -> None:
         forms = (bool(self.messages), self.prompt is not None, self.text is not None)
         if forms.count(True) != 1 or (self.prompt is None) != (self.completion is None):
             raise ValueError("an example is a chat, or a prompt with its completion, or a text")
+
+    def __repr__(self) -> str:
+        return f"<Example: {self.kind}>"
 
     @property
     def kind(self) -> Kind:
@@ -155,6 +160,20 @@ class ColumnMap:
                 raise BadRecord(f"has `{column}`, which layout `{layout}` does not use")
         canonical = {name: fields.get(self.name_of(name)) for name in canonical_columns(layout)}
         return LAYOUTS[layout].build(canonical)
+
+
+def content_digest(examples: Iterable[Example]) -> str:
+    """Return the SHA-256, hex, of examples in canonical form and in their order.
+
+    Args:
+        examples: Any number of examples.
+    """
+    digest = hashlib.sha256()
+    for example in examples:
+        messages = [[message.role, message.content] for message in example.messages]
+        fields = [messages, example.prompt, example.completion, example.text]
+        digest.update(json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode() + b"\n")
+    return digest.hexdigest()
 
 
 def canonical_columns(layout: str) -> tuple[str, ...]:

@@ -140,10 +140,18 @@ def render_marked(
             _as_dicts(messages),
             chat_template=template,
             return_assistant_tokens_mask=True,
-            tokenizer_kwargs={"verbose": False},
+            tokenizer_kwargs={"verbose": False, "return_offsets_mapping": True},
         ),
     )
-    return list(encoded["input_ids"]), [bool(mark) for mark in encoded["assistant_masks"]]
+    mask = [bool(mark) for mark in encoded["assistant_masks"]]
+    return list(encoded["input_ids"]), _whole_characters(mask, encoded["offset_mapping"])
+
+
+def _whole_characters(mask: list[bool], offsets: Sequence[tuple[int, int]]) -> list[bool]:
+    """Return the mask with all tokens of a character marked: transformers marks only the first of a span's last one."""
+    for i in range(1, len(mask)):
+        mask[i] = mask[i] or (mask[i - 1] and offsets[i][0] < offsets[i - 1][1])
+    return mask
 
 
 def _as_dicts(messages: Sequence[Message]) -> list[dict[str, str]]:

@@ -285,7 +285,7 @@ def _with_stop(draft: _Draft, tokenizer: PreTrainedTokenizerBase) -> _Draft:
 
 
 def _decoded_bytes(draft: _Draft, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the UTF-8 bytes of the targets that are left; half a character at the end does not count."""
+    """Return the UTF-8 bytes of the targets that are left; half a character at an end does not count."""
     targets = [token for token, wanted in zip(draft.ids, draft.mask, strict=True) if wanted]
     text: str = tokenizer.decode(targets, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return len(text.rstrip("\ufffd").encode())
+    return len(text.strip("\ufffd").encode())
