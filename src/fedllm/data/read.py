@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fedllm.data.files import Place, Record
 from fedllm.data.formats import BadRecord, ColumnMap, Example, closest_layout, show_columns
-from fedllm.data.settings import DataSource
+from fedllm.data.settings import DataSource, local_path
 from fedllm.data.sources import read_records
 from fedllm.errors import DataError, nearest
 
@@ -175,7 +175,7 @@ def scan_source(source: str, *, base_dir: Path, split: str | None, column_map: C
         DataError: The source is not there, or a file of it cannot be read at all.
     """
     records = list(read_records(source, base_dir=base_dir, split=split))
-    where = str(base_dir / Path(source).expanduser())
+    where = str(local_path(source, base_dir))
     readable = [record for record in records if not record.problem]
     columns = tuple(dict.fromkeys(name for record in readable for name in record.fields))
     problems = [Problem(record.place, record.problem) for record in records if record.problem]

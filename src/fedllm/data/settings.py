@@ -13,6 +13,19 @@ from fedllm.errors import nearest
 Format = Literal["auto", "messages", "prompt_completion", "instruction", "sharegpt", "text"]
 
 
+def local_path(source: str, base_dir: Path) -> Path:
+    """Return where a path of a setting leads on this machine.
+
+    Args:
+        source: As written; `~` is the user's home.
+        base_dir: Where relative paths start.
+    """
+    try:
+        return base_dir / Path(source).expanduser()
+    except RuntimeError:  # `~name` of nobody
+        return base_dir / source
+
+
 class DataSettings(BaseModel):
     """How every party turns its examples into tokens."""
 
@@ -47,8 +60,8 @@ class DataSettings(BaseModel):
         """
         if self.chat_template_path is None:
             return self
-        path = base_dir / Path(self.chat_template_path).expanduser()
-        return self.model_copy(update={"chat_template_path": str(path)})
+        path = str(local_path(self.chat_template_path, base_dir))
+        return self.model_copy(update={"chat_template_path": path})
 
 
 class DataSource(BaseModel):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fedllm.data.files import READERS, Record, read_file, table_records
+from fedllm.data.settings import local_path
 from fedllm.errors import DataError, nearest
 
 _SUFFIXES = ", ".join(READERS)
@@ -29,7 +30,7 @@ def read_records(source: str, *, base_dir: Path, split: str | None) -> Iterator[
     Raises:
         DataError: `DATA_NOT_FOUND`, or `DATA_BROKEN_LINE` for a file that cannot be read at all.
     """
-    path = base_dir / Path(source).expanduser()
+    path = local_path(source, base_dir)
     if _is(path, "file"):
         return _file_records(path, split)
     if _is(path, "folder"):
