@@ -256,7 +256,7 @@ def test_a_hub_that_cannot_be_reached_is_a_clear_error(monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize(
     "source",
-    ["nothing", "./x/y", "/a/b/c", "org/train.jsonl", "bad\0name", "x" * 5000, "a/b/c", "~nobody/x"],
+    ["nothing", "./x/y", "/a/b/c", "org/train.jsonl", "bad\0name", "x" * 5000, "a/b/c", "tmp/trian", "~nobody/x"],
 )
 def test_what_can_be_no_hub_id_is_never_asked_of_the_hub(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
