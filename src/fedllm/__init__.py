@@ -1,3 +1,51 @@
-"""Federated tuning of large language models."""
+"""Federated tuning of large language models. The command line uses the same names:
+
+job = Job.from_yaml("job.yaml")
+result = run_local(job)
+result.rows()
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fedllm.job.job import Job, load_parties
+    from fedllm.runtime.compare import Comparison, compare
+    from fedllm.runtime.run import RunResult, Watch, resume, run_local
+    from fedllm.train.hf_trainer import HFTrainer
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "Comparison",
+    "HFTrainer",
+    "Job",
+    "RunResult",
+    "Watch",
+    "__version__",
+    "compare",
+    "load_parties",
+    "resume",
+    "run_local",
+]
+
+# Loaded at first use: `import fedllm` and `fedllm --help` must not wait for torch.
+_WHERE = {
+    "Comparison": "fedllm.runtime.compare",
+    "HFTrainer": "fedllm.train.hf_trainer",
+    "Job": "fedllm.job.job",
+    "RunResult": "fedllm.runtime.run",
+    "Watch": "fedllm.runtime.run",
+    "compare": "fedllm.runtime.compare",
+    "load_parties": "fedllm.job.job",
+    "resume": "fedllm.runtime.run",
+    "run_local": "fedllm.runtime.run",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'fedllm' has no attribute {name!r}")
+    return getattr(import_module(_WHERE[name]), name)

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from fedllm.data.batches import collate
+from fedllm.data.tokens import TokenisedExample
 from fedllm.errors import RunFailed
-
-_MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
-_NOT_A_TARGET = -100
+from fedllm.models.loss import target_losses
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,11 @@ class LossSums:
     def perplexity_per_byte(self) -> float:
         """exp(nll / UTF-8 bytes of the targets), comparable between tokenizers; NaN without a byte count."""
         return _exp(self.nll_nats / self.bytes) if self.bytes else math.nan
+
+    def values(self) -> dict[str, float]:
+        """Return the metrics by name: loss, both perplexities, examples."""
+        names = ("loss_nats", "perplexity_per_token", "perplexity_per_byte", "examples")
+        return {name: getattr(self, name) for name in names}
 
 
 @contextmanager
@@ -98,15 +103,29 @@ def summed_loss(model: nn.Module, batches: Iterable[Mapping[str, Any]], *, where
     return total
 
 
+def evaluate_examples(
+    model: nn.Module, examples: Sequence[TokenisedExample], *, pad_id: int, batch_size: int, where: str = ""
+) -> LossSums:
+    """Return the summed loss of a model on tokenised examples.
+
+    Args:
+        model: A causal language model.
+        examples: The examples.
+        pad_id: The padding token.
+        batch_size: Examples per forward pass.
+        where: What is evaluated, for the error.
+    """
+    slices = (examples[start : start + batch_size] for start in range(0, len(examples), batch_size))
+    batches = (
+        collate(rows, pad_id=pad_id) | {"target_bytes": [example.target_bytes for example in rows]} for rows in slices
+    )
+    return summed_loss(model, batches, where=where)
+
+
 def _batch_loss(model: nn.Module, batch: Mapping[str, Any]) -> LossSums:
-    device = next(model.parameters()).device
-    inputs = {name: batch[name].to(device) for name in _MODEL_INPUTS if batch.get(name) is not None}
-    targets = batch["labels"][:, 1:].to(device)
-    wanted = targets != _NOT_A_TARGET
-    logits = model(**inputs, use_cache=False).logits[:, :-1][wanted].float()
-    nll = nn.functional.cross_entropy(logits, targets[wanted], reduction="none")
+    nll, _ = target_losses(model, batch)
     target_bytes = _byte_counts(batch)
-    return LossSums(nll.double().sum().item(), int(wanted.sum()), sum(target_bytes), len(target_bytes))
+    return LossSums(nll.double().sum().item(), len(nll), sum(target_bytes), len(target_bytes))
 
 
 def _byte_counts(batch: Mapping[str, Any]) -> Sequence[int]:

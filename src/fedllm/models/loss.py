@@ -11,7 +11,7 @@ from torch import nn
 IGNORED = -100
 
 
-def target_losses(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+def target_losses(model: nn.Module, batch: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (negative log-likelihoods in nats, row numbers), one of each per target token, in float32.
 
     Args:

@@ -43,7 +43,9 @@ class PartyHost:
     states: Generations
     rows: RowFile
     blobs: Blobs
+    max_upload_bytes: int | None = None
     client: ClientHalf | None = None
+    _sent: tuple[int, int] = (0, 0)
     _last: int = 0
 
     def handle(self, data: bytes, *, timeout_s: float) -> bytes:
@@ -66,7 +68,17 @@ class PartyHost:
         except Exception:  # noqa: BLE001  (the party's boundary: no exception text crosses it)
             _log.exception("party %s failed", self.party)
             payload = Failure(code="PARTY_FAILED")
-        return to_bytes(encode(payload, frame.envelope.reply()))
+        return self._within_limit(payload, frame.envelope.reply())
+
+    def _within_limit(self, payload: Payload, envelope: Envelope) -> bytes:
+        answer = to_bytes(encode(payload, envelope))
+        round_, sent = self._sent
+        sent = len(answer) + (sent if round_ == envelope.round else 0)
+        if self.max_upload_bytes is not None and sent > self.max_upload_bytes:
+            _log.error("party %s: %d bytes in one round are above the site's own limit", self.party, sent)
+            return to_bytes(encode(Failure(code="POLICY_REFUSED"), envelope))
+        self._sent = envelope.round, sent
+        return answer
 
     def _check_lineage(self, envelope: Envelope) -> None:
         expected = (self.job_digest, self.states.run_id, SERVER, self.party)

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from fedllm.errors import ConfigError, DataError, FedllmError, ResourceError, RunPaused
@@ -35,10 +36,16 @@ from fedllm.wire.payload import Tensors
 
 @dataclass(frozen=True)
 class Watch:
-    """Callbacks for a live view: `on_round(number, rows)`, `on_party(event, party, round)`."""
+    """Callbacks for a live view.
+
+    `on_stage(name, num_rounds)`, `on_round(number, rows)`, `on_party("asked" or "answered", party, round)`, and
+    `on_step(party, step, num_steps)` where the party is in this process.
+    """
 
     on_round: Callable[[int, list[Row]], None] = lambda number, rows: None
     on_party: Callable[[str, str, int], None] = lambda event, party, round_: None
+    on_step: Callable[[str, int, int], None] = lambda party, step, num_steps: None
+    on_stage: Callable[[str, int], None] = lambda stage, num_rounds: None
 
 
 @dataclass(frozen=True)
@@ -136,20 +143,39 @@ def _run(
         if num_workers:
             from fedllm.runtime.workers import WorkerLink
 
-            link: Link = WorkerLink(job, parties, run, num_workers=num_workers)
-        else:
-            site = open_site(job, parties)
-            data = {located.party.name: party_tokens(site, located) for located in parties}
-            link = InProcessLink(local_hosts(site, data, run, trainer=trainer))
-        try:
-            outcome = drive(run, job, link, watch=watch)
-        finally:
-            link.close()
-        return finish(run, job, parties, outcome)
+            return carry_out(run, job, parties, WorkerLink(parties, run, num_workers=num_workers), watch=watch)
+        site = open_site(job, parties)
+        data = {located.party.name: party_tokens(site, located) for located in parties}
+        hosts = local_hosts(site, data, run, trainer=trainer, watch=watch)
+        return carry_out(run, job, parties, InProcessLink(hosts), watch=watch)
+
+
+def carry_out(
+    run: RunFolder, job: Job, parties: list[LocatedParty], link: Link, *, watch: Watch | None = None
+) -> RunResult:
+    """Return the result of a run over any link; the link is closed.
+
+    Args:
+        run: The run folder.
+        job: The job.
+        parties: The parties of this machine.
+        link: To the parties.
+        watch: Callbacks for a live view.
+    """
+    try:
+        outcome = drive(run, job, link, watch=watch)
+    finally:
+        link.close()
+    return finish(run, job, parties, outcome)
 
 
 def local_hosts(
-    site: Site, data: Mapping[str, TokenData], run: RunFolder, *, trainer: LocalTrainer | None = None
+    site: Site,
+    data: Mapping[str, TokenData],
+    run: RunFolder,
+    *,
+    trainer: LocalTrainer | None = None,
+    watch: Watch | None = None,
 ) -> dict[str, PartyHost]:
     """Return the hosts of parties in this process, by name.
 
@@ -158,11 +184,15 @@ def local_hosts(
         data: Each party's tokens.
         run: The run folder.
         trainer: The local trainer; supervised by default.
+        watch: Callbacks for a live view.
     """
-    trainer = trainer or SupervisedTrainer()
+    trainer, on_step = trainer or SupervisedTrainer(), (watch or Watch()).on_step
     for party, tokens in data.items():
         check_data_unchanged(run, party, tokens)
-    return {party: open_host(site, party, data[party], run=run, trainer=trainer) for party in data}
+    return {
+        party: open_host(site, party, data[party], run=run, trainer=trainer, on_step=partial(on_step, party))
+        for party in data
+    }
 
 
 def check_data_unchanged(run: RunFolder, party: str, tokens: TokenData) -> None:
@@ -205,6 +235,7 @@ def drive(run: RunFolder, job: Job, link: Link, *, watch: Watch | None = None) -
         watch: Callbacks for a live view.
     """
     watch = watch or Watch()
+    watch.on_stage(job.name, job.federation.num_rounds)
     line = job.table_line()
     federation = LinkedFederation(
         link,

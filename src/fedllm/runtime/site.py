@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from fedllm.data.batches import need_isolated_packing
 from fedllm.data.formats import Example
 from fedllm.data.read import read_examples, read_party_data
 from fedllm.data.settings import DataSettings
@@ -78,6 +80,8 @@ def open_site(job: Job, parties: list[LocatedParty], *, base: Base | None = None
     torch.set_num_threads(job.runtime.num_threads)
     folder, device = base_folder(job, parties)
     base = base or load_base(job.model, folder=folder, device=device)
+    if job.data.packing:
+        need_isolated_packing(base.model)
     settings = data_settings(job)
     common, digest = common_tokens(job, base)
     return Site(
@@ -151,7 +155,15 @@ def party_tokens(site: Site, located: LocatedParty) -> TokenData:
     return TokenData(train, held_out, site.common)
 
 
-def open_host(site: Site, name: str, data: TokenData, *, run: RunFolder, trainer: LocalTrainer) -> PartyHost:
+def open_host(
+    site: Site,
+    name: str,
+    data: TokenData,
+    *,
+    run: RunFolder,
+    trainer: LocalTrainer,
+    on_step: Callable[[int, int], None] = lambda step, num_steps: None,
+) -> PartyHost:
     """Return one party of a run, ready to answer.
 
     Args:
@@ -160,6 +172,7 @@ def open_host(site: Site, name: str, data: TokenData, *, run: RunFolder, trainer
         data: Its tokens.
         run: The run folder.
         trainer: The local trainer.
+        on_step: Called after each optimiser step with (steps done, steps of the round).
     """
     job, line = site.job, site.job.table_line()
 
@@ -187,6 +200,7 @@ def open_host(site: Site, name: str, data: TokenData, *, run: RunFolder, trainer
             eval_batch_size=job.evaluate.per_device_eval_batch_size,
             trainer=trainer,
             log=log,
+            on_step=on_step,
         )
         return line.client(context)
 

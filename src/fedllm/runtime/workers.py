@@ -15,7 +15,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 from fedllm.errors import FedllmError, RunFailed, RunPaused
-from fedllm.job.job import Job, LocatedParty
+from fedllm.job.job import LocatedParty
 from fedllm.runs.folder import RunFolder
 
 _READY_TIMEOUT_S = 300.0
@@ -28,7 +28,7 @@ class WorkerLink:
     Bytes go over a socket pair, never pickled. A worker ends by itself when this process does.
     """
 
-    def __init__(self, job: Job, parties: list[LocatedParty], run: RunFolder, *, num_workers: int) -> None:
+    def __init__(self, parties: list[LocatedParty], run: RunFolder, *, num_workers: int) -> None:
         names = [located.party.name for located in parties]
         self._names = tuple(names)
         self._workers: list[tuple[subprocess.Popen[bytes], Connection]] = []

@@ -169,6 +169,7 @@ class Scenario:
     replies: tuple[type[Payload], ...]
     server: Callable[..., ServerHalf]
     client: Callable[[ClientContext], ClientHalf]
+    alone: Callable[[ScenarioSettings], ScenarioSettings]
     who_learns_what: tuple[str, ...]
 
     def kinds(self) -> dict[str, type[Payload]]:

@@ -17,9 +17,9 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from fedllm.aggregate.server import StrategySettings, fedavgm
-from fedllm.data.batches import BatchOrder, collate
+from fedllm.data.batches import BatchOrder
 from fedllm.errors import PayloadError, RunFailed, RunPaused
-from fedllm.evaluate.loss import LossSums, summed_loss
+from fedllm.evaluate.loss import LossSums, evaluate_examples
 from fedllm.scenarios.base import (
     ClientContext,
     Federation,
@@ -176,7 +176,7 @@ def _loss_sums(total: Total) -> LossSums:
 
 
 def _loss_rows(number: int, split: str, total: Total) -> list[Row]:
-    return rows_of(number, None, split, loss_values(_loss_sums(total))) if _loss_sums(total).tokens else []
+    return rows_of(number, None, split, _loss_sums(total).values()) if _loss_sums(total).tokens else []
 
 
 def _train_rows(number: int, total: Total) -> list[Row]:
@@ -185,16 +185,6 @@ def _train_rows(number: int, total: Total) -> list[Row]:
     values["loss_nats"] = counts["loss_nats"] / counts["tokens"]
     norm = math.sqrt(sum(float(t.double().square().sum()) for t in total.means.values()))
     return rows_of(number, None, "train", values) + rows_of(number, None, None, {"update_norm": norm})
-
-
-def loss_values(sums: LossSums) -> dict[str, float]:
-    """Return the metrics of an evaluation by name.
-
-    Args:
-        sums: The summed loss.
-    """
-    names = ("loss_nats", "perplexity_per_token", "perplexity_per_byte")
-    return {name: getattr(sums, name) for name in names} | {"examples": sums.examples}
 
 
 def rows_of(number: int, party: str | None, split: str | None, values: Mapping[str, float | None]) -> list[Row]:
@@ -294,26 +284,9 @@ class Client:
         examples = c.data.held_out if request.split == "held_out" else c.data.common
         sums = evaluate_examples(c.model.model, examples, pad_id=c.pad_id, batch_size=c.eval_batch_size)
         if sums.tokens:
-            c.log(number, request.split, loss_values(sums))
+            c.log(number, request.split, sums.values())
         counts = {"nll_nats": sums.nll_nats, "tokens": sums.tokens, "bytes": sums.bytes, "examples": sums.examples}
         return Summand(weight=1, counts={name: float(value) for name, value in counts.items()}, tensors={})
-
-
-def evaluate_examples(model: Any, examples: Any, *, pad_id: int, batch_size: int) -> LossSums:
-    """Return the summed loss of a model on tokenised examples.
-
-    Args:
-        model: A causal language model.
-        examples: Tokenised examples.
-        pad_id: The padding token.
-        batch_size: Examples per forward pass.
-    """
-    batches = (
-        dict(collate(rows, pad_id=pad_id)) | {"target_bytes": [example.target_bytes for example in rows]}
-        for start in range(0, len(examples), batch_size)
-        for rows in [examples[start : start + batch_size]]
-    )
-    return summed_loss(model, batches)
 
 
 def _prefixed(prefix: str, tensors: Mapping[str, Any]) -> Tensors:
@@ -329,12 +302,23 @@ def _best_so_far(state: State) -> Tensors:
     return _prefixed("best", _select(source, state.tensors))
 
 
+def alone(settings: ScenarioSettings) -> Settings:
+    """Return the settings of a yardstick: one party that trains for as many rounds, without server momentum.
+
+    Args:
+        settings: The federation's.
+    """
+    changes = {"min_parties": 1, "fraction_train": 1.0, "strategy": StrategySettings()}
+    return Settings.model_validate(settings.model_dump() | changes)
+
+
 SCENARIO = Scenario(
     settings=Settings,
     requests=(SendInitial, Train, Evaluate),
     replies=(Initial, Summand),
     server=Server,
     client=Client,
+    alone=alone,
     who_learns_what=(
         "The server sees each party's update (no secure aggregation yet), the sums of losses and counts, and the "
         "global adapter.",

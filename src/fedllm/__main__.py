@@ -1,0 +1,6 @@
+"""`python -m fedllm`."""
+
+from fedllm.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,25 @@
+"""`fedllm init`: a new job folder that runs as it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedllm.cli.output import print_json
+from fedllm.cli.run import AsJson
+
+
+def init(
+    folder: Annotated[Path, typer.Argument(help="Folder to make.", show_default=False)], *, as_json: AsJson = False
+) -> None:
+    """Write a commented job, a file per party, sample data and a small base model that run as they are."""
+    from fedllm.runtime.scaffold import write_job_folder
+
+    job = write_job_folder(folder)
+    if as_json:
+        print_json({"job": str(job)})
+        return
+    typer.echo(f"job      {job}\nparties  {folder / 'parties'}\ndata     {folder / 'data'}")
+    typer.echo(f"next     fedllm validate {job} && fedllm run {job}")

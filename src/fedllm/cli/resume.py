@@ -1,0 +1,24 @@
+"""`fedllm resume`: go on with a run from its last committed round."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedllm.cli.live import live_view
+from fedllm.cli.run import AsJson, Quiet, Workers, show_result
+
+RunArgument = Annotated[
+    Path, typer.Argument(metavar="RUN", help="A folder that `fedllm run` made.", show_default=False)
+]
+
+
+def resume(run: RunArgument, *, workers: Workers = 0, as_json: AsJson = False, quiet: Quiet = False) -> None:
+    """Go on with a run from its last committed round; the result has the same bits as an undisturbed run."""
+    from fedllm.runtime.run import resume as resume_run
+
+    with live_view(quiet=quiet) as watch:
+        result = resume_run(run, num_workers=workers, watch=watch)
+    show_result(result, as_json=as_json)

@@ -1,0 +1,54 @@
+"""Export a run's adapter, alone or merged into its base model."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+
+from fedllm.errors import ConfigError
+from fedllm.models.load import load_base
+from fedllm.runs.jsonl import disk_error
+from fedllm.runs.plan_files import read_plan
+from fedllm.runtime.site import base_folder
+
+
+def export(run: Path, output: Path, *, merge: bool) -> Path:
+    """Return the folder with the exported model.
+
+    Args:
+        run: The run folder.
+        output: A folder that is absent or empty.
+        merge: Merge the adapter into the base model; else copy the adapter.
+
+    Raises:
+        ConfigError: `RUN_UNFINISHED` or `RUN_EXISTS`.
+    """
+    job, parties = read_plan(run)
+    adapter = run / "adapter"
+    if not (adapter / "adapter_model.safetensors").is_file():
+        raise ConfigError(
+            "RUN_UNFINISHED",
+            "the run has no adapter yet",
+            where=str(run),
+            fix=f"`fedllm resume {run}` goes on with it",
+        )
+    if output.exists() and any(output.iterdir()):
+        raise ConfigError("RUN_EXISTS", "the folder is not empty", where=str(output), fix="name a new folder")
+    try:
+        if not merge:
+            shutil.copytree(adapter, output, dirs_exist_ok=True)
+            return output
+        from peft import PeftModel
+
+        torch.set_num_threads(job.runtime.num_threads)
+        folder, device = base_folder(job, parties)
+        base = load_base(job.model, folder=folder, device=device)
+        merged = PeftModel.from_pretrained(base.model, str(adapter)).merge_and_unload()
+        merged.save_pretrained(output)
+        base.tokenizer.save_pretrained(output)
+        shutil.copyfile(adapter / "README.md", output / "README.md")
+    except OSError as error:
+        raise disk_error(error, output) from None
+    return output

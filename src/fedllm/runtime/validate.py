@@ -1,0 +1,136 @@
+"""Check everything about a job that can be known without training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from fedllm.data.read import PartyData, read_party_data
+from fedllm.data.template import template_digest
+from fedllm.data.tokens import TokenReport, tokenise_all
+from fedllm.errors import DataError, FedllmError, ModelError, PolicyError
+from fedllm.job.check import check_job
+from fedllm.job.job import Job, LocatedParty
+from fedllm.models.adapter import TunableModel, skeleton
+from fedllm.models.digest import base_digest, tokenizer_digest
+from fedllm.models.load import load_tokenizer
+from fedllm.runtime.site import base_folder, common_examples, data_settings
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class PartyFacts:
+    """What a party's data come to."""
+
+    party: str
+    train: TokenReport
+    held_out: TokenReport | None
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What was found."""
+
+    folder: Path
+    digests: dict[str, str]
+    skeleton: TunableModel
+    parties: list[PartyFacts]
+    common: TokenReport | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the facts as plain values."""
+        return {
+            "base": str(self.folder),
+            "digests": self.digests,
+            "trainable_parameters": self.skeleton.num_trainable(),
+            "parties": [asdict(party) for party in self.parties],
+            "common": asdict(self.common) if self.common else None,
+        }
+
+
+def validate(job: Job, parties: list[LocatedParty]) -> Facts:
+    """Return the facts about a job that holds together.
+
+    Args:
+        job: The job.
+        parties: Its party files.
+
+    Raises:
+        FedllmError: The first thing that is wrong, with the others in `also`.
+    """
+    check_job(job, parties)
+    folder, _ = base_folder(job, parties)
+    tokenizer = load_tokenizer(folder)
+    settings, errors = data_settings(job), list[FedllmError]()
+    digests = {
+        "job": job.digest,
+        "base": base_digest(folder),
+        "tokenizer": tokenizer_digest(tokenizer),
+        "template": template_digest(tokenizer, settings),
+    }
+    tunable = _collect(errors, lambda: skeleton(folder, job.peft))
+    facts = [_collect(errors, partial(_party_facts, job, located, tokenizer)) for located in parties]
+    common = _collect(errors, lambda: _tokens(common_examples(job), tokenizer, job))
+    if job.model.base_digest not in (None, digests["base"]):
+        errors.append(_foreign_base(job, folder, digests["base"]))
+    if tunable:
+        errors += _upload_limits(parties, tunable)
+    if errors or tunable is None:
+        errors[0].also = (*errors[0].also, *errors[1:])
+        raise errors[0]
+    return Facts(folder, digests, tunable, [found for found in facts if found], common)
+
+
+def _collect(errors: list[FedllmError], find: Callable[[], T]) -> T | None:
+    try:
+        return find()
+    except FedllmError as error:
+        errors.append(error)
+        return None
+
+
+def _party_facts(job: Job, located: LocatedParty, tokenizer: Any) -> PartyFacts:
+    name = located.party.name
+    read: PartyData = read_party_data(
+        located.party.data,
+        base_dir=located.base_dir,
+        text_field=job.data.dataset_text_field,
+        seed=job.seed,
+        party=name,
+    )
+    train = _tokens(read.train, tokenizer, job)
+    if train is None:
+        raise DataError("DATA_EMPTY", "the party has no training example", where=f"party {name}")
+    return PartyFacts(name, train, _tokens(read.held_out, tokenizer, job))
+
+
+def _tokens(examples: Any, tokenizer: Any, job: Job) -> TokenReport | None:
+    return tokenise_all(examples, tokenizer, data_settings(job))[1] if examples else None
+
+
+def _foreign_base(job: Job, folder: Path, digest: str) -> ModelError:
+    return ModelError(
+        "MODEL_MISMATCH",
+        f"the base model in {folder} has digest {digest[:16]}..., the job names another",
+        where=job.origins.get("model.base_digest", "model.base_digest"),
+        fix="copy the base model that the job names",
+    )
+
+
+def _upload_limits(parties: list[LocatedParty], tunable: TunableModel) -> list[FedllmError]:
+    size = sum(spec.num_bytes for spec in tunable.manifest.values())
+    broken = [item for item in parties if (item.party.limits.max_upload_bytes_per_round or size) < size]
+    return [
+        PolicyError(
+            "POLICY_REFUSED",
+            f"an update has {size} bytes, above max_upload_bytes_per_round "
+            f"{item.party.limits.max_upload_bytes_per_round}",
+            where=f"party {item.party.name}, limits",
+            fix="lower `peft.r` or take fewer target modules, or ask the site to change its own limit",
+        )
+        for item in broken
+    ]
