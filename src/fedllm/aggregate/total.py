@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -22,6 +23,27 @@ def to_grid(tensor: torch.Tensor) -> torch.Tensor:
     return (tensor.detach().to("cpu", torch.float64) * 2.0**GRID_BITS).round().to(torch.int64)
 
 
+def _overflow(what: str, sender: str) -> PayloadError:
+    return PayloadError(
+        "SUM_OVERFLOW",
+        f"{what} does not fit an exact 64-bit sum",
+        where=sender,
+        fix="lower learning_rate or local_steps; an update this large means that training diverged",
+    )
+
+
+def _bound_of(tensors: Mapping[str, torch.Tensor], weight: int, counts: Mapping[str, float], sender: str) -> int:
+    """Return how much one party can add to any accumulator at most, in grid steps."""
+    if weight < 1:
+        raise PayloadError("PAYLOAD_REFUSED", f"weight {weight} is below 1", where=sender)
+    largest = [float(tensor.abs().max()) for tensor in tensors.values() if tensor.numel()]
+    if not all(map(math.isfinite, [*largest, *counts.values()])):
+        raise PayloadError("NONFINITE", "a value to be summed is not a finite number", where=sender)
+    if any(abs(count) >= _LIMIT / 2**GRID_BITS for count in counts.values()):
+        raise _overflow("a count", sender)
+    return weight * int(max(largest, default=0.0) * 2.0**GRID_BITS + 1)
+
+
 class GridSum:
     """Adds weighted tensors and plain counts. Holds one int64 accumulator whatever the number of parties."""
 
@@ -38,22 +60,17 @@ class GridSum:
 
         Args:
             tensors: One party's update; the same names and shapes in every call.
-            weight: The party's weight, a positive integer.
+            weight: The party's weight, 1 or more.
             counts: Named numbers to be summed, such as loss and tokens.
             sender: The party, for errors.
 
         Raises:
-            PayloadError: `SUM_OVERFLOW` when the sum could leave 64 bits; nothing was added then.
+            PayloadError: `SUM_OVERFLOW` when the sum could leave 64 bits, `NONFINITE`, or `PAYLOAD_REFUSED` for a
+                weight below 1; nothing was added then.
         """
-        largest = max((float(tensor.abs().max()) for tensor in tensors.values() if tensor.numel()), default=0.0)
-        bound = self._bound + weight * int(largest * 2.0**GRID_BITS + 1)
-        if weight < 1 or bound >= _LIMIT:
-            raise PayloadError(
-                "SUM_OVERFLOW",
-                f"weight {weight} with values up to {largest:.3g} does not fit an exact 64-bit sum",
-                where=sender,
-                fix="lower learning_rate or local_steps; an update this large means that training diverged",
-            )
+        bound = self._bound + _bound_of(tensors, weight, counts, sender)
+        if bound >= _LIMIT:
+            raise _overflow(f"the update with weight {weight}", sender)
         self._bound, self.weight = bound, self.weight + weight
         for name, tensor in tensors.items():
             term = to_grid(tensor).mul_(weight)

@@ -21,6 +21,8 @@ from fedllm.wire.payload import Envelope, Manifest, Payload, TensorSpec, plain_f
 _MAGIC = b"FLM1"
 _PREFIX = struct.Struct("<4sI")
 MAX_HEADER_BYTES = 16 * 2**20
+# What may travel, in safetensors' words. Other dtypes have no use here, and not all of them can be checked or summed.
+_DTYPES = {"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL"}
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ def _parse_header(data: bytes, *, max_bytes: int) -> tuple[dict[str, Any], int]:
     if magic != _MAGIC or header_bytes > MAX_HEADER_BYTES or end > len(data):
         raise _refuse("message has no valid prefix")
     try:
-        header = json.loads(data[_PREFIX.size : end])
+        header = json.loads(data[_PREFIX.size : end], object_pairs_hook=_without_duplicates)
     except (ValueError, RecursionError):
         raise _refuse("header is not JSON") from None
     if not isinstance(header, dict) or set(header) != {"envelope", "kind", "fields", "blob"}:
@@ -91,11 +93,19 @@ def _parse_header(data: bytes, *, max_bytes: int) -> tuple[dict[str, Any], int]:
     return header, end
 
 
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a key stands twice")
+    return dict(pairs)
+
+
 def _blob_note(header: dict[str, Any], tail: bytes) -> tuple[str, bool]:
     note = header["blob"]
     if not isinstance(note, dict) or set(note) != {"sha256", "sent"} or not isinstance(note["sha256"], str):
         raise _refuse("header does not describe its tensors")
-    digest, sent = note["sha256"], note["sent"] is not False
+    digest, sent = note["sha256"], note["sent"]
+    if not isinstance(sent, bool):
+        raise _refuse("header does not describe its tensors")
     if not sent and tail:
         raise _refuse("tensors follow a header that announces none")
     if sent and (hashlib.sha256(tail).hexdigest() if tail else "") != digest:
@@ -158,7 +168,7 @@ def decode(frame: Frame, kinds: Mapping[str, type[Payload]]) -> Payload:
         raise _refuse(f"message of unknown kind {frame.kind[:40]!r}", where=sender)
     tensors: dict[str, dict[str, torch.Tensor]] = {field: {} for field in cls.tensor_fields()}
     try:
-        for key, tensor in (load_safetensors(frame.blob) if frame.blob else {}).items():
+        for key, tensor in _load_tensors(frame.blob).items():
             field, _, name = key.partition("/")
             if field not in tensors:
                 raise _refuse(f"tensor {key[:80]!r} belongs to no field of {frame.kind}", where=sender)
@@ -167,11 +177,23 @@ def decode(frame: Frame, kinds: Mapping[str, type[Payload]]) -> Payload:
         if frame.fields.keys() & tensors.keys():
             raise _refuse("a tensor field is sent as a plain field", where=sender)
         return cls.model_validate({**frame.fields, **tensors})
-    except SafetensorError:
-        raise _refuse("tensors are not in safetensors format", where=sender) from None
     except ValidationError as error:
         fields = ", ".join(".".join(map(str, item["loc"])) for item in error.errors())
         raise _refuse(f"{frame.kind} has invalid fields: {fields[:200]}", where=sender) from None
+    except (SafetensorError, ValueError, RecursionError):
+        raise _refuse("tensors are not in the safetensors format and dtypes that may travel", where=sender) from None
+
+
+def _load_tensors(blob: bytes) -> dict[str, torch.Tensor]:
+    # The header is read here first: the library lets a name stand twice, and fails on some dtypes.
+    if not blob:
+        return {}
+    header = json.loads(blob[8 : 8 + int.from_bytes(blob[:8], "little")], object_pairs_hook=_without_duplicates)
+    entries = [entry for name, entry in header.items() if name != "__metadata__"] if isinstance(header, dict) else []
+    if not all(isinstance(entry, dict) and entry.get("dtype") in _DTYPES for entry in entries):
+        raise ValueError("a dtype that may not travel")
+    tensors: dict[str, torch.Tensor] = load_safetensors(blob)
+    return tensors
 
 
 def _check_finite(tensor: torch.Tensor, *, name: str, sender: str) -> None:

@@ -10,6 +10,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 Tensors = dict[str, torch.Tensor]
+_ROLE = r"^[a-z0-9][a-z0-9_-]{0,63}$"
 
 
 class Payload(BaseModel):
@@ -44,8 +45,8 @@ class Envelope(BaseModel):
     run_id: str = Field(pattern=r"^[0-9a-f]{32}$")
     round: int = Field(ge=0)
     sequence: int = Field(ge=0, description="Number of the exchange within the process, counted by the server.")
-    sender: str = Field(min_length=1, max_length=64)
-    recipient: str = Field(min_length=1, max_length=64)
+    sender: str = Field(pattern=_ROLE)
+    recipient: str = Field(pattern=_ROLE)
 
     def reply(self) -> Envelope:
         """Return the envelope of the answer to this message."""

@@ -1,0 +1,174 @@
+"""The exact sum: against fractions, in every order, and what does not fit is refused before it is added."""
+
+from __future__ import annotations
+
+import itertools
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import bits
+
+from fedllm.aggregate.total import GRID_BITS, GridSum, to_grid
+from fedllm.errors import PayloadError
+
+STEP = Fraction(1, 2**GRID_BITS)
+values_strategy = st.floats(-100, 100, width=32)
+terms_strategy = st.lists(
+    st.tuples(st.integers(1, 5000), st.lists(values_strategy, min_size=3, max_size=3)), min_size=1, max_size=6
+)
+
+
+def on_grid(value: float) -> Fraction:
+    # Python's round() of a Fraction is to even, as torch's is.
+    return round(Fraction(value) / STEP) * STEP
+
+
+def summed(terms: list[tuple[int, list[float]]], counts: list[float] | None = None) -> GridSum:
+    grid = GridSum()
+    for index, (weight, values) in enumerate(terms):
+        number = {"x": counts[index]} if counts else {}
+        grid.add({"w": torch.tensor(values)}, weight=weight, counts=number, sender=f"p{index}")
+    return grid
+
+
+@given(terms=terms_strategy)
+@settings(max_examples=80, deadline=None)
+def test_the_mean_is_the_exact_weighted_mean_of_the_rounded_values(terms: list[tuple[int, list[float]]]) -> None:
+    total = sum(weight for weight, _ in terms)
+    means = summed(terms).means()["w"].tolist()
+    for place, found in enumerate(means):
+        exact = sum((weight * on_grid(values[place]) for weight, values in terms), Fraction(0)) / total
+        assert found == pytest.approx(float(exact), rel=1.2e-7, abs=1e-12)
+        unrounded = sum((weight * Fraction(values[place]) for weight, values in terms), Fraction(0)) / total
+        assert abs(Fraction(found) - unrounded) <= STEP / 2 + abs(unrounded) * Fraction(1, 2**23)
+
+
+@given(terms=terms_strategy, data=st.data())
+@settings(max_examples=50, deadline=None)
+def test_every_order_gives_the_same_bits(terms: list[tuple[int, list[float]]], data: st.DataObject) -> None:
+    shuffled = data.draw(st.permutations(terms))
+    assert bits(summed(terms).means()) == bits(summed(shuffled).means())
+
+
+def test_every_order_of_tensors_and_counts_gives_the_same_bits_where_floats_would_not() -> None:
+    values = [1e4, 1e-4, -1e4, 3e-9]
+    terms = [(7 + i, [value, value / 3, -value]) for i, value in enumerate(values)]
+    floats = {sum(weight * triple[1] for weight, triple in order) for order in itertools.permutations(terms)}
+    assert len(floats) > 1
+    found = set()
+    for order in itertools.permutations(terms):
+        grid = summed(list(order), counts=[triple[1] for _, triple in order])
+        found.add((bits(grid.means())["w"], grid.counts()["x"], grid.weight))
+    assert len(found) == 1
+
+
+def test_halves_go_to_the_even_neighbour() -> None:
+    half = 0.5 / 2**GRID_BITS
+    assert to_grid(torch.tensor([half, 3 * half, 5 * half, -half], dtype=torch.float64)).tolist() == [0, 2, 2, 0]
+
+
+def test_what_could_leave_64_bits_is_refused_by_name_and_nothing_is_added() -> None:
+    grid = GridSum()
+    grid.add({"a": torch.ones(2), "b": torch.ones(2)}, weight=3, counts={"x": 1.0}, sender="north")
+    with pytest.raises(PayloadError) as caught:
+        too_large = {"a": torch.ones(2), "b": torch.tensor([0.0, -(2.0**31)])}
+        grid.add(too_large, weight=4, counts={"x": 1.0}, sender="south")
+    assert (caught.value.code, caught.value.where) == ("SUM_OVERFLOW", "south")
+    assert (grid.weight, grid.counts()) == (3, {"x": 1.0})
+    assert {name: tensor.tolist() for name, tensor in grid.means().items()} == {"a": [1.0, 1.0], "b": [1.0, 1.0]}
+
+
+def test_parties_that_fit_alone_but_not_together_are_refused() -> None:
+    grid = GridSum()
+    grid.add({"w": torch.tensor([2.0**32 * 0.9])}, weight=1, counts={}, sender="north")
+    with pytest.raises(PayloadError, match="SUM_OVERFLOW"):
+        grid.add({"w": torch.tensor([2.0**32 * 1.2])}, weight=1, counts={}, sender="south")
+    assert grid.means()["w"].item() == pytest.approx(2.0**32 * 0.9)
+
+
+@given(weight=st.integers(1, 2**33), exponent=st.floats(-40, 34), repeats=st.integers(1, 4))
+@settings(max_examples=80, deadline=None)
+def test_whatever_is_accepted_does_not_overflow(weight: int, exponent: float, repeats: int) -> None:
+    value = torch.tensor([2.0**exponent], dtype=torch.float32)
+    grid, exact = GridSum(), Fraction(0)
+    try:
+        for _ in range(repeats):
+            grid.add({"w": value}, weight=weight, counts={}, sender="north")
+            exact += weight * on_grid(value.item())
+    except PayloadError:
+        pass
+    if grid.weight:
+        assert grid.means()["w"].item() == pytest.approx(float(exact / grid.weight), rel=1e-6)
+
+
+@pytest.mark.parametrize("weight", [0, -1])
+def test_a_weight_below_one_is_refused(weight: int) -> None:
+    with pytest.raises(PayloadError):
+        GridSum().add({"w": torch.ones(1)}, weight=weight, counts={}, sender="north")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_is_refused_and_nothing_is_added(value: float) -> None:
+    grid = GridSum()
+    with pytest.raises(PayloadError):
+        grid.add({"a": torch.ones(1), "b": torch.tensor([0.0, value])}, weight=1, counts={}, sender="north")
+    with pytest.raises(PayloadError):
+        grid.add({"a": torch.ones(1)}, weight=1, counts={"x": value}, sender="north")
+    assert (grid.weight, grid.means(), grid.counts()) == (0, {}, {})
+
+
+@pytest.mark.parametrize("value", [1e300, -1.7e308])
+def test_a_count_beyond_reason_is_refused_and_nothing_is_added(value: float) -> None:
+    grid = GridSum()
+    with pytest.raises(PayloadError) as caught:
+        grid.add({"w": torch.ones(1)}, weight=1, counts={"tokens": value}, sender="north")
+    assert caught.value.where == "north"
+    assert (grid.weight, grid.means(), grid.counts()) == (0, {}, {})
+
+
+@given(numbers=st.lists(st.floats(-1e9, 1e9), min_size=1, max_size=8), data=st.data())
+@settings(max_examples=50, deadline=None)
+def test_counts_are_summed_unweighted_and_in_any_order(numbers: list[float], data: st.DataObject) -> None:
+    found = set()
+    for order in (numbers, data.draw(st.permutations(numbers))):
+        grid = GridSum()
+        for number in order:
+            grid.add({}, weight=5, counts={"loss": number, "tokens": 3}, sender="north")
+        found.add((grid.counts()["loss"], grid.counts()["tokens"]))
+    assert len(found) == 1
+    loss, tokens = found.pop()
+    assert loss == pytest.approx(float(sum(map(Fraction, numbers))), abs=1e-8 * len(numbers), rel=1e-12)
+    assert tokens == 3 * len(numbers)
+
+
+def test_memory_does_not_grow_with_the_number_of_parties() -> None:
+    grid, held = GridSum(), []
+    generator = torch.Generator().manual_seed(0)
+    for number in range(64):
+        grid.add({"w": torch.randn(1000, generator=generator)}, weight=1, counts={"x": 1.0}, sender=f"p{number}")
+        # All that hangs on the sum: one accumulator per tensor, one number per count.
+        held.append(sum(tensor.numel() for tensor in grid._sums.values()))
+    assert set(held) == {1000}
+    assert set(vars(grid)) == {"weight", "_sums", "_counts", "_bound"}
+
+
+def test_an_update_is_not_kept_after_it_was_added() -> None:
+    import gc
+    import weakref
+
+    grid = GridSum()
+    for _ in range(2):
+        update = {"w": torch.ones(10)}
+        seen = weakref.ref(update["w"])
+        grid.add(update, weight=1, counts={}, sender="north")
+        del update
+        gc.collect()
+        assert seen() is None
+
+
+def test_an_empty_sum_has_no_means() -> None:
+    assert GridSum().means() == {}
+    assert GridSum().counts() == {}

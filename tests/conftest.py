@@ -1,0 +1,35 @@
+"""Fixtures that many tests share. The helpers themselves are in tiny.py."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# Before anything imports transformers: no network, no advice, one thread as in the plan.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny random Llama and its tokenizer."""
+    from tiny import save_base
+
+    return save_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture
+def make_federation(tmp_path: Path, base: Path) -> Callable[..., Any]:
+    """A function that writes a tiny federation into the test's own folder; see `tiny.tiny_federation`."""
+    from tiny import tiny_federation
+
+    def make(name: str = "federation", **changes: Any) -> Any:
+        return tiny_federation(tmp_path / name, changes.pop("base", base), **changes)
+
+    return make
