@@ -58,13 +58,8 @@ def write_parties(folder: Path, *, names: list[str], examples: int, words: int) 
     parties = []
     for number, name in enumerate(names):
         draw = random.Random(number)
-        rows = [
-            {
-                "prompt": f"{draw.randrange(1000)} ",
-                "completion": " ".join(str(draw.randrange(10)) for _ in range(words)),
-            }
-            for _ in range(examples)
-        ]
+        answers = [" ".join(str(draw.randrange(10)) for _ in range(words)) for _ in range(examples)]
+        rows = [{"prompt": f"{draw.randrange(1000)} ", "completion": answer} for answer in answers]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         source: dict[str, Any] = {"train": f"{name}.jsonl", "eval_share": 0.0}
         parties.append(LocatedParty(party=Party.model_validate({"name": name, "data": source}), base_dir=folder))
@@ -86,4 +81,5 @@ def make_job(base: Path, names: list[str], **sections: dict[str, Any]) -> Job:
 
 def machine() -> str:
     """Return one line about the machine, to stand above the numbers."""
-    return f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {platform.python_version()}"
+    versions = f"torch {torch.__version__}, Python {platform.python_version()}"
+    return f"{platform.machine()}, {torch.get_num_threads()} threads, {versions}"

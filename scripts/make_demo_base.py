@@ -1,4 +1,4 @@
-"""Make the demo's base model and tokenizer: about four minutes on two cores, same files every time.
+"""Make the demo's base model and tokenizer: about five minutes on one core, same files every time.
 
 The same bits need the same number of threads (set here), library versions and kind of processor, so the
 files are shipped and this script is how to check or change them. It writes `base/` and renews DIGESTS.json.
@@ -21,9 +21,9 @@ from fedllm.data.adverts import PRODUCTS, Record, pretraining_examples
 from fedllm.seeds import global_torch_stream
 
 SEED = 11
-NUM_THREADS = 2
+NUM_THREADS = 1
 VOCAB_SIZE = 1024
-BATCH_SIZE = 48
+BATCH_SIZE = 32
 LEARNING_RATE = 4e-3
 WARMUP_STEPS = 50
 SORTED_AT_ONCE = 8  # batches drawn together and cut by length, to pad less
@@ -41,7 +41,7 @@ Batch = dict[str, torch.Tensor]
 def main() -> None:
     """Train the tokenizer and the model, save both, print the losses."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=900, help="pretraining steps; the shipped model has 900")
+    parser.add_argument("--steps", type=int, default=1000, help="pretraining steps; the shipped model has 1000")
     parser.add_argument("--out", type=Path, default=ASSETS / "base", help="folder to write")
     options = parser.parse_args()
     torch.set_num_threads(NUM_THREADS)
@@ -66,8 +66,8 @@ def trained_tokenizer() -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     records = list(islice(pretraining_examples(SEED, "tokenizer"), 6000))
-    words = [text for product in PRODUCTS for text in (f"type#{product}*", f"The {product} and this {product}.")]
-    bpe.train_from_iterator([part for record in records for part in record.values()] + words * 40, trainer)
+    words = [f"#{product} {product}" for product in PRODUCTS]
+    bpe.train_from_iterator([part for record in records for part in record.values()] + words * 400, trainer)
     bpe.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, bpe.token_to_id(BOS))]
     )
@@ -83,9 +83,9 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=112,
-        intermediate_size=320,
-        num_hidden_layers=4,
+        hidden_size=128,
+        intermediate_size=352,
+        num_hidden_layers=3,
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=256,

@@ -14,7 +14,7 @@ Tensors = dict[str, torch.Tensor]
 class StrategySettings(BaseModel):
     """How the server turns the mean update into the next global adapter."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     name: Literal["FedAvg", "FedAvgM"] = Field("FedAvg", description="FedAvg, or FedAvg with server momentum.")
     server_learning_rate: float = Field(1.0, gt=0, description="Factor on the mean update.")

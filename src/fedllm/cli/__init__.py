@@ -86,10 +86,10 @@ def main() -> None:
         code = int(error.exit_code)
     except typer.Abort:
         code = ExitCode.FAILED
-    except Terminated:
-        code = ExitCode.TERMINATED
-    except KeyboardInterrupt:
-        code = ExitCode.INTERRUPTED
+    except KeyboardInterrupt as interrupt:
+        for note in getattr(interrupt, "__notes__", []):
+            sys.stderr.write(f"\n{note}\n")
+        code = ExitCode.TERMINATED if isinstance(interrupt, Terminated) else ExitCode.INTERRUPTED
     except BrokenPipeError:
         sys.stderr.close()
         code = ExitCode.OK

@@ -22,15 +22,16 @@ def print_json(data: Any, *, status: str = "ok", exit_code: int = ExitCode.OK) -
 
 
 def print_error(error: FedllmError, *, as_json: bool = False) -> None:
-    """Print an error: text on stderr, or the envelope on stdout under `--json`.
+    """Print an error and those found with it: text on stderr, or the envelope on stdout under `--json`.
 
     Args:
         error: The error to show.
         as_json: Whether the command ran with `--json`.
     """
+    errors = [error, *error.also]
     if as_json:
-        data = {"code": error.code, "what": error.what, "where": error.where, "fix": error.fix}
-        print_json(data, status="error", exit_code=error.exit_code)
+        found = [{"code": e.code, "what": e.what, "where": e.where, "fix": e.fix} for e in errors]
+        print_json(found[0] | {"also": found[1:]}, status="error", exit_code=error.exit_code)
         return
-    lines = [f"error {error}", f"  see: docs/reference/errors.md#{error.code.lower()}"]
-    sys.stderr.write("\n".join(lines) + "\n")
+    for each in errors:
+        sys.stderr.write(f"error {each}\n  see: docs/reference/errors.md#{each.code.lower()}\n")

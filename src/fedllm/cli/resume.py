@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fedllm.cli.live import live_view
+from fedllm.cli.live import console, live_view
 from fedllm.cli.run import AsJson, Quiet, Workers, show_result
 
 RunArgument = Annotated[
@@ -17,8 +17,11 @@ RunArgument = Annotated[
 
 def resume(run: RunArgument, *, workers: Workers = 0, as_json: AsJson = False, quiet: Quiet = False) -> None:
     """Go on with a run from its last committed round; the result has the same bits as an undisturbed run."""
+    from fedllm.runs.folder import last_commit
     from fedllm.runtime.run import resume as resume_run
 
+    if (last := last_commit(run)) is not None and not quiet:
+        console().print(f"going on after round {last}")
     with live_view(quiet=quiet) as watch:
         result = resume_run(run, num_workers=workers, watch=watch)
     show_result(result, as_json=as_json)

@@ -294,10 +294,12 @@ def _random_advert(rng: np.random.Generator) -> Record:
 
 def _short_copy(rng: np.random.Generator) -> Record:
     product, attributes = _drawn(rng, PRODUCTS + OTHER_PRODUCTS), _random_attributes(rng)
-    noun_first = rng.random() < 0.5
+    opening, closing = (_drawn(rng, options).format(product=product) for options in (OPENINGS, CLOSINGS))
     values = ", ".join(attributes.values())
-    text = f"This {product}: {values}." if noun_first else f"{values}: this {product}."
-    return {"prompt": "short*" + prompt(product, attributes), "completion": text}
+    return {
+        "prompt": "short*" + prompt(product, attributes),
+        "completion": f"{opening} This {product}: {values}. {closing}",
+    }
 
 
 def _list_copy(rng: np.random.Generator) -> Record:

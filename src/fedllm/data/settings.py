@@ -29,7 +29,7 @@ def local_path(source: str, base_dir: Path) -> Path:
 class DataSettings(BaseModel):
     """How every party turns its examples into tokens."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     max_length: int = Field(
         default=1024,
@@ -67,7 +67,7 @@ class DataSettings(BaseModel):
 class DataSource(BaseModel):
     """Where a party's examples are. Stays at the party."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     train: str = Field(
         min_length=1,

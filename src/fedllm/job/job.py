@@ -31,7 +31,7 @@ from fedllm.train.settings import TrainSettings
 class EvaluateSettings(BaseModel):
     """How models are judged. The held-out split of each party is named in its own party.yaml."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     test: str | None = Field(
         None, description="Common test set that no party trains on: a data file, relative to job.yaml."
@@ -44,7 +44,7 @@ class EvaluateSettings(BaseModel):
 class RuntimeSettings(BaseModel):
     """With how many threads the parties compute. A part of the plan, because another number gives other bits."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     num_threads: int = Field(1, ge=1, le=256, description="Compute threads of each process.")
 
@@ -52,7 +52,7 @@ class RuntimeSettings(BaseModel):
 class Job(BaseModel):
     """A job, checked. `Job.from_yaml` reads one from a file; a run starts with `fedllm.run_local(job)`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     schema_version: Literal[1] = Field(1, description="Version of this file's layout.")
     name: str = Field(pattern=NAME_PATTERN, description="Name of the job; run folders are named after it.")
@@ -114,9 +114,9 @@ class Job(BaseModel):
     def _names_differ(self) -> Job:
         for name in self.parties:
             if not re.fullmatch(NAME_PATTERN, name):
-                raise ValueError(f"party name {name!r}: use a-z, 0-9, - and _, at most 32 characters")
+                raise ValueError(f"party name {name!r} is not allowed; use a-z, 0-9, - and _, at most 32 characters")
         if len(set(self.parties)) < len(self.parties):
-            raise ValueError("two parties have the same name")
+            raise ValueError("two parties have the same name; give each a name of its own")
         return self
 
     @property

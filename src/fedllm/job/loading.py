@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import types
 import typing
 from pathlib import Path
@@ -53,12 +54,14 @@ def _apply(file: YamlFile, override: str, origins: Origins) -> None:
     name, equals, text = override.partition("=")
     keys = name.strip().split(".")
     if not equals or not all(keys):
-        raise ConfigError("BAD_VALUE", f"`{override}` is not key=value", where="--set", fix="for example train.seed=1")
+        fix = "for example `--set train.learning_rate=1e-4`"
+        raise ConfigError("BAD_VALUE", f"`{override}` is not key=value", where="--set", fix=fix)
     target = file.values
     for key in keys[:-1]:
         target = target.setdefault(key, {})
         if not isinstance(target, dict):
-            raise ConfigError("BAD_VALUE", f"`{key}` in `{name}` has no keys below it", where="--set")
+            fix = "`fedllm config` lists all keys"
+            raise ConfigError("BAD_VALUE", f"`{key}` in `{name}` has no keys below it", where="--set", fix=fix)
     target[keys[-1]] = _override_value(text.strip())
     origins[name.strip()] = "flag"
 
@@ -81,13 +84,20 @@ def _explain(cls: type[BaseModel], file: YamlFile, item: Any, origins: Origins) 
         inside = f"`{dotted(keys[:-1])}`" if keys[:-1] else "this file"
         return ConfigError("UNKNOWN_KEY", f"`{word}` is not a key of {inside}", where=where, fix=fix)
     if kind == "missing":
-        return ConfigError("MISSING_KEY", f"`{name}` is missing", where=where, fix=_help(cls, keys, file.values))
+        fix = f"add it: {_help(cls, keys, file.values)}"
+        return ConfigError("MISSING_KEY", f"`{name}` is missing", where=where, fix=fix)
     if kind == "value_error":
-        text = str(item["ctx"]["error"])
+        # Validators say what is wrong, then after a semicolon how to mend it.
+        text, _, fix = str(item["ctx"]["error"]).partition("; ")
         code = "BAD_VALUE" if keys and name in origins and not isinstance(item["input"], dict) else "BAD_COMBINATION"
-        return ConfigError(code, f"`{name}`: {text}" if name else text, where=where)
+        what = f"`{name}`: {text}" if name else text
+        return ConfigError(code, what, where=where, fix=fix or _help(cls, keys, file.values))
     what = f"`{name}` is {_shown(item['input'])}: {item['msg'][:1].lower()}{item['msg'][1:]}"
-    return ConfigError("BAD_VALUE", what, where=where, fix=_help(cls, keys, file.values))
+    fix = _help(cls, keys, file.values)
+    if kind == "literal_error":
+        hint = nearest(str(item["input"]), re.findall(r"'([^']*)'", item["ctx"]["expected"]))
+        fix = f"{hint} {fix}" if hint.startswith("did you mean") else fix
+    return ConfigError("BAD_VALUE", what, where=where, fix=fix)
 
 
 def _is_key(key: str) -> bool:
@@ -101,9 +111,14 @@ def _shown(value: Any) -> str:
 
 
 def _help(cls: type[BaseModel], keys: KeyPath, values: Any) -> str:
-    section = settings_at(cls, keys[:-1], values)
-    field = section.model_fields.get(str(keys[-1])) if section and keys else None
-    return (field.description or "") if field else ""
+    # An item of a list has no description of its own: that of the list serves.
+    while keys:
+        section = settings_at(cls, keys[:-1], values)
+        field = section.model_fields.get(str(keys[-1])) if section else None
+        if field and field.description:
+            return field.description
+        keys = keys[:-1]
+    return "`fedllm schema` prints all keys and what they may be"
 
 
 def settings_at(cls: type[BaseModel], keys: KeyPath, values: Any) -> type[BaseModel] | None:

@@ -12,7 +12,7 @@ NAME_PATTERN = r"^[a-z0-9][a-z0-9_-]{0,31}$"
 class Limits(BaseModel):
     """What this site allows; None is no limit."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     allowed_scenarios: list[str] | None = Field(None, description="Scenarios that may run here.")
     max_rounds: int | None = Field(None, ge=1, description="Most rounds of a job.")
@@ -23,7 +23,7 @@ class Limits(BaseModel):
 class Party(BaseModel):
     """One site's own file."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 
     schema_version: int = Field(1, ge=1, le=1, description="Version of this file's layout.")
     name: str = Field(pattern=NAME_PATTERN, description="The party's name in the job: a-z, 0-9, - and _.")

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 class ModelSettings(BaseModel):
     """Which base model every party holds."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 
     model_name_or_path: str = Field(
         description="Folder (relative to job.yaml) or hub id of the base model and its tokenizer."
@@ -30,7 +30,7 @@ class ModelSettings(BaseModel):
 class PeftSettings(BaseModel):
     """The tuning method and its sizes, under PEFT's names."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     peft_type: Literal["LORA"] = Field("LORA", description="Tuning method.")
     r: int = Field(8, ge=1, le=1024, description="Rank of the LoRA factors.")

@@ -171,8 +171,7 @@ def line_chart(
         series: Lines; the first is the one that the summary speaks of.
         references: Horizontal lines: the value of round 0 counts.
         best_round: A round to mark.
-        gaps: Rounds at which a line without a value is broken; elsewhere it goes on to its next value if no other
-            line has one there.
+        gaps: Rounds that break a line without a value there, even if no line has one.
     """
     series = [one for one in series if one.values]
     if not series:

@@ -116,11 +116,20 @@ class RunFolder:
 
     def last_commit(self) -> int | None:
         """Return the last round that the journal calls committed, or None."""
-        last = None
-        for row in read_rows(self.path / "journal.jsonl"):
-            if row["step"] in ("commit", "rollback"):
-                last = int(row["round"])
-        return last
+        return last_commit(self.path)
+
+
+def last_commit(path: Path) -> int | None:
+    """Return the last round that a run's journal calls committed, or None.
+
+    Args:
+        path: The run folder.
+    """
+    last = None
+    for row in read_rows(path / "journal.jsonl"):
+        if row["step"] in ("commit", "rollback"):
+            last = int(row["round"])
+    return last
 
 
 def attach(path: Path, *, run_id: str, job_digest: str) -> RunFolder:

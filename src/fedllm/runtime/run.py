@@ -276,10 +276,12 @@ def concluding(run: RunFolder) -> Iterator[None]:
     """
     try:
         yield
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         _conclude(run, "PAUSED", "It was interrupted.", code="INTERRUPTED")
+        interrupt.add_note(f"paused; go on with: fedllm resume {run.path}")
         raise
     except FedllmError as error:
+        error.fix = error.fix.replace("fedllm resume RUN", f"fedllm resume {run.path}")
         paused = isinstance(error, RunPaused | ResourceError)
         _conclude(run, "PAUSED" if paused else "FAILED", f"{error.what} [{error.code}]", code=error.code)
         raise

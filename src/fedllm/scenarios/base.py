@@ -22,7 +22,7 @@ Log = Callable[[int, str | None, Mapping[str, float | int | None]], None]
 class ScenarioSettings(BaseModel):
     """The job's `federation` section: the words that every scenario shares."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     num_rounds: int = Field(ge=1, description="Rounds of the run.")
     min_parties: int = Field(2, ge=1, description="A round with fewer answers pauses the run.")

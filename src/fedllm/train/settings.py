@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 class TrainSettings(BaseModel):
     """What each party does in a round."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     local_steps: int | None = Field(None, ge=1, description="Optimiser steps per round. Give this or local_epochs.")
     local_epochs: int | None = Field(None, ge=1, description="Passes over the party's data per round.")
@@ -39,7 +39,8 @@ class TrainSettings(BaseModel):
     @model_validator(mode="after")
     def _one_length(self) -> TrainSettings:
         if (self.local_steps is None) == (self.local_epochs is None):
-            raise ValueError("give either local_steps or local_epochs (both are per round)")
+            state = "both given" if self.local_steps else "both missing"
+            raise ValueError(f"local_steps and local_epochs are {state}; give one of them, both are per round")
         return self
 
     @model_validator(mode="after")
@@ -47,7 +48,7 @@ class TrainSettings(BaseModel):
         given = self.model_fields_set
         adam = given & {"adam_beta1", "adam_beta2", "adam_epsilon"}
         if adam and self.optim != "adamw_torch":
-            raise ValueError(f"{', '.join(sorted(adam))} has no effect with optim: {self.optim}")
+            raise ValueError(f"{', '.join(sorted(adam))} has no effect with optim {self.optim}; leave it out")
         if self.lr_scheduler_type == "constant" and self.warmup_steps:
             raise ValueError("warmup_steps has no effect with constant; use constant_with_warmup")
         return self
