@@ -14,7 +14,6 @@ from pydantic import (
     SerializeAsAny,
     ValidationInfo,
     field_validator,
-    model_validator,
 )
 
 from fedllm.data.settings import DataSettings
@@ -110,14 +109,15 @@ class Job(BaseModel):
         scenario = SCENARIOS.get(info.data.get("scenario", ""))
         return scenario.settings.model_validate(value) if scenario else value
 
-    @model_validator(mode="after")
-    def _names_differ(self) -> Job:
-        for name in self.parties:
+    @field_validator("parties")
+    @classmethod
+    def _names_differ(cls, names: list[str]) -> list[str]:
+        for name in names:
             if not re.fullmatch(NAME_PATTERN, name):
                 raise ValueError(f"party name {name!r} is not allowed; use a-z, 0-9, - and _, at most 32 characters")
-        if len(set(self.parties)) < len(self.parties):
+        if len(set(names)) < len(names):
             raise ValueError("two parties have the same name; give each a name of its own")
-        return self
+        return names
 
     @property
     def base_dir(self) -> Path:

@@ -36,7 +36,9 @@ def load_model(cls: type[M], path: Path, *, overrides: list[str]) -> tuple[M, Or
     try:
         return cls.model_validate(file.values), origins
     except ValidationError as error:
-        errors = [_explain(cls, file, item, origins) for item in error.errors(include_url=False)]
+        # A mistyped key is often why another is missing: it comes first.
+        items = sorted(error.errors(include_url=False), key=lambda item: item["type"] != "extra_forbidden")
+        errors = [_explain(cls, file, item, origins) for item in items]
         errors[0].also = tuple(errors[1:])
         raise errors[0] from None
 
@@ -57,7 +59,9 @@ def _apply(file: YamlFile, override: str, origins: Origins) -> None:
         fix = "for example `--set train.learning_rate=1e-4`"
         raise ConfigError("BAD_VALUE", f"`{override}` is not key=value", where="--set", fix=fix)
     target = file.values
-    for key in keys[:-1]:
+    for depth, key in enumerate(keys[:-1], start=1):
+        if key not in target:
+            origins[dotted(tuple(keys[:depth]))] = "flag"
         target = target.setdefault(key, {})
         if not isinstance(target, dict):
             fix = "`fedllm config` lists all keys"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 
 class ModelSettings(BaseModel):
@@ -46,8 +46,9 @@ class PeftSettings(BaseModel):
     use_rslora: bool = Field(False, description="Rank-stabilised scale alpha / sqrt(r).")
     use_dora: bool = Field(False, description="Weight-decomposed LoRA.")
 
-    @model_validator(mode="after")
-    def _targets_not_empty(self) -> PeftSettings:
-        if not self.target_modules:
-            raise ValueError("target_modules is empty: nothing would be trained; try `all-linear`")
-        return self
+    @field_validator("target_modules")
+    @classmethod
+    def _targets_not_empty(cls, value: str | list[str]) -> str | list[str]:
+        if not value:
+            raise ValueError("nothing would be trained; try `all-linear`")
+        return value
