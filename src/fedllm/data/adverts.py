@@ -1,9 +1,10 @@
 """Attributes -> advertisement: the demo's task, made from a seed.
 
 An input such as `type#dress*color#red*material#silk` is to become an advertisement: an opening, one sentence
-an attribute, a closing. Which sentence belongs to (product, attribute, value) is the house style of whoever
-sells that product: it follows from a hash of the task's seed, so it cannot be guessed, only learned from
-examples. The products are split over the parties, so nobody alone can learn every house style.
+an attribute, a closing. How a product's attribute is put into words (sentence and verb) and which benefit each
+of its values promises is the house style of whoever sells that product: it follows from a hash of the task's
+seed, so it cannot be guessed, only learned from examples. The products are split over the parties, so nobody
+alone can learn every house style.
 """
 
 from __future__ import annotations
@@ -172,7 +173,7 @@ def party_examples(task: AdvertTask) -> dict[str, list[Record]]:
     for index, (party, products) in enumerate(products_of(task).items()):
         count = round(task.train_per_product * (1 - index / 10))
         records = [record for product in products for record in _train_records(task, product, count)]
-        stream(task.seed, "adverts", "mix", party).shuffle(records)  # type: ignore[arg-type]
+        stream(task.seed, "adverts", "mix", party).shuffle(records)
         shares[party] = records
     return shares
 
@@ -183,7 +184,7 @@ def common_test(task: AdvertTask) -> list[Record]:
     for product in PRODUCTS:
         for attributes in _inputs(task, product)[: task.test_per_product]:
             records.append({"prompt": prompt(product, attributes), "completion": advert(task, product, attributes)})
-    stream(task.seed, "adverts", "mix", "test").shuffle(records)  # type: ignore[arg-type]
+    stream(task.seed, "adverts", "mix", "test").shuffle(records)
     return records
 
 
@@ -203,10 +204,9 @@ def advert(
         attributes: Attribute -> value, at least one.
         noise_from: Draws which sentences are off house style, with the task's `noise`; None: no sentence is.
     """
-    keys = list(attributes)
-    picks = [_house_style(task, product, "opening", keys[0])]
-    picks += [_house_style(task, product, key, value) for key, value in attributes.items()]
-    picks.append(_house_style(task, product, "closing", keys[-1]))
+    opening = _hashed(task, product, "opening")
+    closing = _hashed(task, product, "closing")
+    picks = [opening, *(_house_style(task, product, key, value) for key, value in attributes.items()), closing]
     if noise_from is not None:
         picks = [_random_picks(noise_from) if noise_from.random() < task.noise else pick for pick in picks]
     return _written(product, attributes, picks)
@@ -229,7 +229,12 @@ def pretraining_examples(seed: int, label: str = "pretraining") -> Iterator[Reco
         yield makers[int(np.searchsorted(shares, rng.random() * shares[-1]))](rng)
 
 
-def _house_style(task: AdvertTask, product: str, *slot: str) -> tuple[int, int, int]:
+def _house_style(task: AdvertTask, product: str, key: str, value: str) -> tuple[int, int, int]:
+    sentence, verb, _ = _hashed(task, product, key)
+    return sentence, verb, _hashed(task, product, key, value)[2]
+
+
+def _hashed(task: AdvertTask, product: str, *slot: str) -> tuple[int, int, int]:
     digest = hashlib.sha256("/".join([str(task.seed), product, *slot]).encode()).digest()
     return digest[0], digest[1], digest[2]
 
