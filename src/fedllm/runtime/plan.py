@@ -78,15 +78,20 @@ def make_plan(job: Job, parties: list[LocatedParty], facts: Facts) -> Plan:
 
 
 class _Rehearsal:
-    """A model of the right shapes that computes nothing, for messages of the right length."""
+    """A model of the right shapes that computes nothing, for messages of the right length.
+
+    What it reads differs each time: an adapter that did not change would not be sent again.
+    """
 
     def __init__(self, real: TunableModel) -> None:
         self.manifest = real.manifest
         self.trainable = {name: torch.nn.Parameter(spec.zeros()) for name, spec in real.manifest.items()}
         self.model = torch.nn.Linear(1, 1)
+        self._reads = 0
 
     def read(self) -> Tensors:
-        return {name: spec.zeros() for name, spec in self.manifest.items()}
+        self._reads += 1
+        return {name: spec.zeros().fill_(self._reads) for name, spec in self.manifest.items()}
 
     def initial(self, seed: int) -> Tensors:
         return self.read()
