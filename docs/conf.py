@@ -8,7 +8,7 @@ _project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_tex
 project = _project["name"]
 release = version = _project["version"]
 author = "The fedllm authors"
-copyright = "The fedllm authors, Apache-2.0"  # noqa: A001
+copyright = "The fedllm authors, Apache-2.0"
 
 extensions = ["myst_parser"]
 exclude_patterns = ["_build"]
