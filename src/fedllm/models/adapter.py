@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import warnings
 from collections.abc import Mapping
@@ -14,11 +15,11 @@ import torch
 from fedllm.errors import ModelError
 from fedllm.models.settings import PeftSettings
 from fedllm.seeds import global_generators_kept, stream
-from fedllm.wire.payload import Manifest, Tensors, manifest_of
+from fedllm.wire.payload import Manifest, Tensors, TensorSpec, manifest_of
 
 _RANDOM_UNIFORM = re.compile(r"\.lora_A\.")
 _RANDOM_NORMAL = re.compile(r"\.lora_embedding_B\.")
-_ZERO = re.compile(r"\.lora_(B|embedding_A)\.")
+_DRAWN = re.compile(r"\.lora_(A|B|embedding_A|embedding_B)\.")
 
 
 class TunableModel:
@@ -34,6 +35,10 @@ class TunableModel:
             name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad
         }
         self.manifest: Manifest = manifest_of(self.trainable)
+        # What PEFT computed from the base. Kept, because one model may serve several runs, each from its start.
+        self._given = {
+            name: parameter.detach().clone() for name, parameter in self.trainable.items() if not _DRAWN.search(name)
+        }
 
     def read(self) -> Tensors:
         """Return copies of the trainable tensors on the CPU, by name."""
@@ -55,26 +60,37 @@ class TunableModel:
         Args:
             seed: The job's seed.
         """
-        return {name: _initial_value(name, tensor, seed) for name, tensor in self.read().items()}
+        return {
+            name: self._given[name].to("cpu", copy=True) if name in self._given else _first_value(name, spec, seed)
+            for name, spec in self.manifest.items()
+        }
 
     def num_trainable(self) -> int:
         """Return how many numbers are trained."""
         return sum(parameter.numel() for parameter in self.trainable.values())
 
 
-def _initial_value(name: str, tensor: torch.Tensor, seed: int) -> torch.Tensor:
+def _first_value(name: str, spec: TensorSpec, seed: int) -> torch.Tensor:
     draw = stream(seed, "initial", name)
+    value = spec.zeros()
     if _RANDOM_UNIFORM.search(name):
-        bound = tensor[0].numel() ** -0.5
-        return torch.from_numpy(draw.uniform(-bound, bound, tuple(tensor.shape))).to(tensor.dtype)
-    if _RANDOM_NORMAL.search(name):
-        return torch.from_numpy(draw.standard_normal(tuple(tensor.shape))).to(tensor.dtype)
-    return torch.zeros_like(tensor) if _ZERO.search(name) else tensor
+        bound = math.prod(spec.shape[1:]) ** -0.5
+        value = torch.from_numpy(draw.uniform(-bound, bound, tuple(spec.shape))).to(value.dtype)
+    elif _RANDOM_NORMAL.search(name):
+        value = torch.from_numpy(draw.standard_normal(tuple(spec.shape))).to(value.dtype)
+    return value
 
 
 def _attach(base_model: Any, peft: PeftSettings) -> Any:
     from peft import LoraConfig, get_peft_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
+    if any(isinstance(module, BaseTunerLayer) for module in base_model.modules()):
+        raise ModelError(
+            "PEFT_TARGET",
+            "the base model carries an adapter already",
+            fix="load the base model afresh for each adapter",
+        )
     settings = peft.model_dump(exclude={"peft_type"})
     try:
         with global_generators_kept(), warnings.catch_warnings():

@@ -8,10 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from fedllm.errors import ModelError, ResourceError
 from fedllm.models.digest import base_digest, tokenizer_digest
 from fedllm.models.settings import ModelSettings
+
+# What transformers raises on folders that it cannot make sense of.
+_LOADING = (OSError, ValueError, KeyError, ImportError, RuntimeError, AttributeError, TypeError, SafetensorError)
 
 
 @dataclass(frozen=True)
@@ -74,25 +78,61 @@ def _checked(folder: Path) -> Path:
             where="model.model_name_or_path",
             fix="name the folder that `save_pretrained` wrote",
         )
-    try:
-        config = json.loads(config_path.read_text(encoding="utf-8"))
-    except ValueError:
-        raise ModelError("MODEL_NOT_FOUND", f"{config_path} is not JSON", fix="copy the model again") from None
-    if "auto_map" in config:
-        raise ModelError(
-            "MODEL_UNSAFE",
-            f"{config_path} asks to run code of its own (`auto_map`)",
-            where="model.model_name_or_path",
-            fix="use a model whose architecture is part of transformers",
-        )
+    for path in sorted(folder.glob("*config.json")):
+        if key := _key_to_code(_read_config(path)):
+            raise _unsafe(
+                f"{path} asks to run code of its own (`{key}`)", "use a model whose code is part of transformers"
+            )
+    if (folder / "adapter_config.json").exists():
+        # transformers would load the base model that the adapter names, from wherever that is.
+        raise _unsafe(f"{folder} holds an adapter, not a base model", "name the base model, or merge the adapter first")
     if not any(folder.glob("*.safetensors")):
-        raise ModelError(
-            "MODEL_UNSAFE",
+        raise _unsafe(
             f"{folder} has no *.safetensors weights; other formats can run code when they are loaded",
-            where="model.model_name_or_path",
-            fix="convert the weights: load them in a sandbox and `save_pretrained(..., safe_serialization=True)`",
+            "convert the weights: load them in a sandbox and `save_pretrained(..., safe_serialization=True)`",
         )
+    _check_index(folder)
     return folder
+
+
+def _unsafe(what: str, fix: str) -> ModelError:
+    return ModelError("MODEL_UNSAFE", what, where="model.model_name_or_path", fix=fix)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        config = None
+    if not isinstance(config, dict):
+        raise ModelError("MODEL_NOT_FOUND", f"{path} is not a JSON object", fix="copy the model again")
+    return config
+
+
+def _key_to_code(value: Any) -> str | None:
+    """Return the first key that makes transformers fetch or run code, at any depth; None if there is none."""
+    if isinstance(value, list):
+        return next((key for item in value if (key := _key_to_code(item))), None)
+    if not isinstance(value, dict):
+        return None
+    for name, item in value.items():
+        # An attention named `org/name` is a kernel on the hub.
+        if name == "auto_map" or ("attn_implementation" in name and "/" in str(item)):
+            return str(name)
+    return _key_to_code(list(value.values()))
+
+
+def _check_index(folder: Path) -> None:
+    path = folder / "model.safetensors.index.json"
+    if not path.exists():
+        return
+    shards = _read_config(path).get("weight_map")
+    names = set(map(str, shards.values())) if isinstance(shards, dict) else {""}
+    for name in sorted(names):
+        if Path(name).name != name or not name.endswith(".safetensors") or not (folder / name).is_file():
+            raise _unsafe(
+                f"{path} points to {name[:80]!r}, which is no *.safetensors file of this folder", "copy the model again"
+            )
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -154,15 +194,16 @@ def load_base(settings: ModelSettings, *, folder: Path, device: str = "cpu") -> 
     bars = hf_logging.is_progress_bar_enabled()
     hf_logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, loaded = AutoModelForCausalLM.from_pretrained(
             folder,
+            output_loading_info=True,
             dtype=getattr(torch, settings.dtype),
             attn_implementation=settings.attn_implementation,
             trust_remote_code=False,
             use_safetensors=True,
             local_files_only=True,
         )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except _LOADING as error:
         raise ModelError(
             "MODEL_NOT_FOUND",
             f"transformers cannot load {folder} as a causal language model ({type(error).__name__}: {error})",
@@ -172,5 +213,13 @@ def load_base(settings: ModelSettings, *, folder: Path, device: str = "cpu") -> 
     finally:
         if bars:
             hf_logging.enable_progress_bar()
+    if missing := sorted(loaded["missing_keys"]):
+        # transformers would fill them at random, differently at each party.
+        raise ModelError(
+            "MODEL_NOT_FOUND",
+            f"{folder} lacks the weights {', '.join(missing[:5])}",
+            where="model.model_name_or_path",
+            fix="copy the model again, whole",
+        )
     model.requires_grad_(False).eval().to(device)
     return Base(model, tokenizer, digest, tokenizer_digest(tokenizer))
