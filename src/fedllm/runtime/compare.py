@@ -121,7 +121,10 @@ def alone(job: Job, party: str) -> Job:
     """
     federation = job.table_line().alone(job.federation)
     train = job.train.model_copy(update={"optimizer_state": "keep"})
-    changes = {"name": f"{party}-alone", "parties": [party], "federation": federation, "train": train}
+    # The test set is for the end: a yardstick's rounds are judged by its own held-out data, as the federation's are.
+    evaluate = job.evaluate.model_copy(update={"test": None, "max_examples": None})
+    changes = {"name": f"{party}-alone", "parties": [party], "federation": federation}
+    changes |= {"train": train, "evaluate": evaluate}
     return job.model_copy(update=changes).located(job.base_dir)
 
 
