@@ -16,7 +16,7 @@ from fedllm.runs.report_data import Metrics, read_run
 from fedllm.runs.report_panels import seconds_text, size_text
 
 PANELS = [
-    "Comparison on the common test set",
+    "Comparison on one test set",
     "Round by round",
     "Parties",
     "Bytes",

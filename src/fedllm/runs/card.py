@@ -11,7 +11,7 @@ from typing import Any
 from fedllm.runs.charts import number_text
 from fedllm.runs.jsonl import Row
 from fedllm.runs.report_data import RunRecord, added, read_run
-from fedllm.runs.report_panels import score_text
+from fedllm.runs.report_panels import delivery_text, score_text
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff\u2028\u2029\u202a-\u202e\u2066-\u2069]+")
@@ -27,7 +27,7 @@ _SCORES = {
     "perplexity_per_token": ("perplexity", "Perplexity per token"),
     "perplexity_per_byte": ("perplexity", "Perplexity per byte"),
 }
-_SPLITS = {"common": "Common test set of the federation", "held_out": "Held-out data of the parties"}
+_SPLITS = {"common": "Test set that no party trained on", "held_out": "Held-out data of the parties"}
 
 # These sections say how the adapter was trained. The others name parties and folders, which stay private.
 _SECTIONS = ("federation.", "peft.", "train.")
@@ -172,7 +172,7 @@ def _training(record: RunRecord, parties: int) -> str:
         "Scenario": record.setting("scenario") or record.provenance.get("scenario"),
         "Parties": parties or None,
         "Rounds": rounds,
-        "Delivered round": f"{best} (lowest held-out loss)" if best is not None and best != rounds else best,
+        "Delivered round": None if best is None else f"{best} ({delivery_text(record)})",
         "Optimiser steps, all parties": number_text(steps) if steps else None,
         "Target tokens, all parties, repeats counted": number_text(tokens) if tokens else None,
         "Bytes sent, all parties, both ways": number_text(traffic) if traffic else None,

@@ -92,7 +92,7 @@ class Drawing:
     lines: list[Line] = field(default_factory=list)
     bars: list[Bar] = field(default_factory=list)
     references: list[tuple[str, float, str]] = field(default_factory=list)
-    best_at: float | None = None
+    delivered_at: float | None = None
     note: str = ""
 
 
@@ -161,7 +161,7 @@ def line_chart(
     series: Sequence[Series],
     *,
     references: Sequence[Series] = (),
-    best_round: int | None = None,
+    delivered: int | None = None,
     gaps: Collection[int] = (),
 ) -> Drawing | None:
     """Return a line chart over rounds, or None when there is nothing to draw.
@@ -170,7 +170,7 @@ def line_chart(
         labels: The chart's words.
         series: Lines; the first is the one that the summary speaks of.
         references: Horizontal lines: the value of round 0 counts.
-        best_round: A round to mark.
+        delivered: The round to mark.
         gaps: Rounds that break a line without a value there, even if no line has one.
     """
     series = [one for one in series if one.values]
@@ -193,7 +193,7 @@ def line_chart(
         references=[(one.css, y.at(one.values[0]), one.name) for one in references],
         legend=_legend([*series, *references]),
         table=_table(numbers, series),
-        best_at=None if best_round not in numbers else x.at(best_round),
+        delivered_at=None if delivered not in numbers else x.at(delivered),
         note=labels.note,
     )
 

@@ -12,7 +12,15 @@ from fedllm.runs.charts import Drawing, number_text
 from fedllm.runs.jsonl import write_atomic
 from fedllm.runs.report_data import RunRecord, added, read_run
 from fedllm.runs.report_events import clock_text, event_rows, event_summary, failures_of
-from fedllm.runs.report_panels import bytes_chart, curves, score_text, seconds_text, size_text, time_chart
+from fedllm.runs.report_panels import (
+    bytes_chart,
+    curves,
+    delivery_text,
+    score_text,
+    seconds_text,
+    size_text,
+    time_chart,
+)
 
 _TEMPLATES = Path(__file__).with_name("templates")
 
@@ -142,7 +150,7 @@ def _figures(record: RunRecord) -> list[tuple[str, str, str]]:
     """Return (label, figure, remark) for the row of key figures."""
     metrics, result = record.metrics, record.result
     done = result.get("rounds") if result else max(metrics.rounds, default=None)
-    planned, best = record.setting("federation.num_rounds"), result.get("best_round")
+    planned, delivered = record.setting("federation.num_rounds"), result.get("best_round")
     up, down = (sum(metrics.summed(f"bytes_{way}").values()) for way in ("up", "down"))
     at_server = sum(added(metrics.values(f"seconds_{part}") for part in ("wait", "aggregate", "write")).values())
     examples = sum(metrics.summed("examples", split="train").values())
@@ -150,7 +158,7 @@ def _figures(record: RunRecord) -> list[tuple[str, str, str]]:
     return [
         ("Rounds", number_text(done), of_planned),
         ("Parties", number_text(len(record.party_names()) or None), ""),
-        ("Best round", number_text(best), "lowest held-out loss" if best is not None else "not available"),
+        ("Delivered round", number_text(delivered), delivery_text(record)),
         ("Traffic", size_text(up + down), f"{size_text(up)} up, {size_text(down)} down" if up + down else ""),
         ("Time in rounds", seconds_text(at_server or None), "at the server"),
         ("Examples trained on", number_text(examples or None), "repeats counted"),

@@ -40,7 +40,7 @@ def _common_loss(record: RunRecord) -> Drawing | None:
         Labels("loss-common", "Loss on the common test set", "nats per token", note),
         [Series("federated model", values, "lead")],
         references=_reference_lines(record.comparison_rows()),
-        best_round=record.result.get("best_round"),
+        delivered=record.result.get("best_round"),
         gaps=record.metrics.lost("loss_nats", split="common"),
     )
 
@@ -66,7 +66,7 @@ def _held_out_loss(record: RunRecord) -> Drawing | None:
         Labels("loss-held-out", "Loss on held-out data of the parties", "nats per token"),
         [lead, *party_series(metrics.by_party("loss_nats", split="held_out"))],
         gaps=metrics.lost("loss_nats", split="held_out"),
-        best_round=record.result.get("best_round"),
+        delivered=record.result.get("best_round"),
     )
 
 
@@ -134,6 +134,18 @@ def scaled(series: list[Series], units: Iterable[tuple[float, str]]) -> tuple[li
     known = list(units)
     factor, unit = next(((factor, name) for factor, name in known if highest >= factor), known[-1])
     return [Series(one.name, {n: v / factor for n, v in one.values.items()}, one.css) for one in series], unit
+
+
+def delivery_text(record: RunRecord) -> str:
+    """Return why the delivered round was chosen.
+
+    Args:
+        record: What the run folder says.
+    """
+    if record.result.get("best_round") is None:
+        return "not available"
+    judged = bool(record.metrics.of_federation("loss_nats", split="held_out"))
+    return "lowest held-out loss" if judged and record.setting("federation.keep") != "last" else "the last one"
 
 
 def score_text(name: str, value: object) -> str:
