@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -83,10 +84,11 @@ def learning_rates(settings: TrainSettings, *, total_steps: int) -> Callable[[in
     """
     from transformers import get_scheduler
 
-    warmup = settings.warmup_steps if settings.warmup_steps >= 1 else settings.warmup_steps * total_steps
+    share = settings.warmup_steps
+    warmup = int(share) if share >= 1 else math.ceil(share * total_steps)
     carrier = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=settings.learning_rate)
     scheduler = get_scheduler(
-        settings.lr_scheduler_type, carrier, num_warmup_steps=round(warmup), num_training_steps=total_steps
+        settings.lr_scheduler_type, carrier, num_warmup_steps=warmup, num_training_steps=total_steps
     )
     factor: Callable[[int], float] = scheduler.lr_lambdas[0]
     return lambda step: settings.learning_rate * factor(step)

@@ -51,6 +51,8 @@ class TrainSettings(BaseModel):
             raise ValueError(f"{', '.join(sorted(adam))} has no effect with optim {self.optim}; leave it out")
         if self.lr_scheduler_type == "constant" and self.warmup_steps:
             raise ValueError("warmup_steps has no effect with constant; use constant_with_warmup")
+        if self.lr_scheduler_type == "polynomial" and self.learning_rate <= 1e-7:
+            raise ValueError("polynomial ends at a learning rate of 1e-7; begin above it, or use linear")
         return self
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -27,6 +28,8 @@ class SupervisedTrainer:
         model = task.model.model
         prepare_model(task)
         loss_sum, tokens, examples = 0.0, 0, 0
+        # Parties share the parameters: what a failed step left in their gradients is not this party's.
+        optimizer.zero_grad()
         model.train()
         try:
             with global_torch_stream(task.seed, "dropout", task.party, task.round):
@@ -74,7 +77,7 @@ def prepare_model(task: TrainTask) -> None:
     model = task.model.model
     if task.settings.bf16 and not has_bf16(next(model.parameters()).device):
         raise ResourceError("DEVICE_MISSING", "this hardware has no bfloat16", fix="set `train.bf16: false`")
-    if task.settings.gradient_checkpointing:
+    if task.settings.gradient_checkpointing and not model.is_gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
 
@@ -119,9 +122,9 @@ def _optimizer_step(
             loss = (nll / per_row[row]).sum() / total_examples
         loss.backward()  # type: ignore[no-untyped-call]
         summed += float(nll.detach().sum())
-    _check_finite(task, summed)
-    if task.settings.max_grad_norm:
-        torch.nn.utils.clip_grad_norm_(task.model.trainable.values(), task.settings.max_grad_norm)
+    limit = task.settings.max_grad_norm or math.inf
+    norm = torch.nn.utils.clip_grad_norm_(task.model.trainable.values(), limit)
+    _check_finite(task, summed, float(norm))
     optimizer.step()
     optimizer.zero_grad()
     return summed, total_tokens
@@ -139,11 +142,11 @@ def _autocast(task: TrainTask) -> AbstractContextManager[Any]:
     return torch.autocast(device.type, dtype=torch.bfloat16)
 
 
-def _check_finite(task: TrainTask, loss_sum: float) -> None:
-    if not torch.isfinite(torch.tensor(loss_sum)):
+def _check_finite(task: TrainTask, loss_sum: float, gradient_norm: float) -> None:
+    if not math.isfinite(loss_sum) or not math.isfinite(gradient_norm):
         raise RunFailed(
             "NONFINITE",
-            "the training loss is not a finite number",
+            "the training loss or its gradient is not a finite number",
             where=f"party {task.party}, round {task.round}",
             fix="lower `learning_rate`, or set `max_grad_norm`",
         )
