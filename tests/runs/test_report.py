@@ -127,6 +127,25 @@ def test_settings_stand_with_their_origin_and_provenance_with_digests(run: Path)
     assert "9e" * 32 in page.text("code")
 
 
+def test_folders_of_the_job_file_are_not_shown(run: Path) -> None:
+    config = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    for row in config["values"]:
+        row["origin"] = row["origin"].replace("job.yaml", "/home/ann/private/job.yaml")
+    write_json(run / "config.json", config)
+    page = rendered(run)
+    assert "job.yaml:9" in page.text("td")
+    assert "private" not in (run / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_party_has_one_colour_in_every_chart(run: Path) -> None:
+    write_json(run / "parties.json", [{"party": party} for party in ("south", "north", "east")])
+    rows = [row for row in metric_rows(PARTIES, 3) if not (row["party"] == "south" and row["name"] == "loss_nats")]
+    write_rows(run / "metrics.jsonl", rows)
+    charts = {chart.key: {name: css for css, name in chart.legend} for chart in charts_of(read_run(run))}
+    assert charts["bytes"] == {"south": "s1", "north": "s2", "east": "s3"}
+    assert charts["loss-train"] == {"all parties": "lead", "north": "s2", "east": "s3"}
+
+
 def test_a_folder_with_only_a_job_says_what_is_not_available(tmp_path: Path) -> None:
     (tmp_path / "job.yaml").write_text(JOB, encoding="utf-8")
     page = rendered(tmp_path)

@@ -81,7 +81,7 @@ def render_report(record: RunRecord) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"number": number_text, "size": size_text, "seconds": seconds_text}
-    environment.filters |= {"plain": value_text, "clock": clock_text}
+    environment.filters |= {"plain": value_text, "clock": clock_text, "origin": origin_text}
     return environment.get_template("report.html.j2").render(_context(record))
 
 
@@ -101,6 +101,15 @@ def value_text(value: Any) -> str:
         value: A JSON-like value.
     """
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def origin_text(origin: Any) -> str:
+    """Return where a value came from, without the folder: a report is sent to others.
+
+    Args:
+        origin: For instance `/home/ann/job.yaml:12`, `flag` or `default`.
+    """
+    return re.split(r"[\\/]", str(origin))[-1]
 
 
 def _context(record: RunRecord) -> dict[str, Any]:
@@ -159,7 +168,7 @@ def _figures(record: RunRecord) -> list[tuple[str, str, str]]:
         ("Rounds", number_text(done), of_planned),
         ("Parties", number_text(len(record.party_names()) or None), ""),
         ("Delivered round", number_text(delivered), delivery_text(record)),
-        ("Traffic", size_text(up + down), f"{size_text(up)} up, {size_text(down)} down" if up + down else ""),
+        ("Traffic", size_text(up + down or None), f"{size_text(up)} up, {size_text(down)} down" if up + down else ""),
         ("Time in rounds", seconds_text(at_server or None), "at the server"),
         ("Examples trained on", number_text(examples or None), "repeats counted"),
     ]

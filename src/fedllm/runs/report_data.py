@@ -53,9 +53,8 @@ class RunRecord:
 
     def party_names(self) -> list[str]:
         """Return the parties: those of parties.json, then others that have metrics or events."""
-        known = [str(row["party"]) for row in self.parties if row.get("party")]
         met = [str(row["party"]) for row in self.events if row.get("party")]
-        return list(dict.fromkeys([*known, *self.metrics.parties, *met]))
+        return list(dict.fromkeys([*self.metrics.parties, *met]))
 
 
 @dataclass
@@ -68,13 +67,14 @@ class Metrics:
     _lost: dict[tuple[str, str | None], set[int]] = field(default_factory=lambda: defaultdict(set))
 
     @classmethod
-    def of(cls, rows: Iterable[Row]) -> Metrics:
+    def of(cls, rows: Iterable[Row], *, parties_first: Iterable[str] = ()) -> Metrics:
         """Return the metrics of rows; what is not a finite number is left out.
 
         Args:
             rows: `{round, party, split, name, value}`.
+            parties_first: Parties in the order to show them; others follow.
         """
-        metrics, rounds, parties = cls(), set[int](), dict[str, None]()
+        metrics, rounds, parties = cls(), set[int](), dict.fromkeys(parties_first)
         for row in rows:
             number, party, name = row.get("round"), row.get("party"), row.get("name")
             if not isinstance(number, int) or not isinstance(name, str):
@@ -113,14 +113,13 @@ class Metrics:
         return self._lost.get((name, split), set())
 
     def by_party(self, name: str, *, split: str | None = None) -> dict[str, Values]:
-        """Return a metric of each party that has it, by round.
+        """Return a metric of each party by round, empty for those without it, always in the same order.
 
         Args:
             name: The metric.
             split: What it was measured on.
         """
-        found = {party: self.values(name, split=split, party=party) for party in self.parties}
-        return {party: values for party, values in found.items() if values}
+        return {party: self.values(name, split=split, party=party) for party in self.parties}
 
     def summed(self, name: str, *, split: str | None = None) -> Values:
         """Return a metric summed over the parties, by round.
@@ -171,15 +170,17 @@ def read_run(run: Path) -> RunRecord:
         raise ConfigError(
             "RUN_NOT_FOUND", "no run is in this folder", where=str(run), fix="name a folder that `fedllm run` made"
         )
+    parties = _mappings(_json(run / "parties.json"))
+    names = [str(row["party"]) for row in parties if row.get("party")]
     return RunRecord(
         path=run,
         result=_mapping(run / "result.json"),
         comparison=_mapping(run / "comparison.json"),
         config=_mapping(run / "config.json"),
         provenance=_mapping(run / "provenance.json"),
-        parties=_mappings(_json(run / "parties.json")),
+        parties=parties,
         events=read_rows(run / "events.jsonl"),
-        metrics=Metrics.of(run_rows(run)),
+        metrics=Metrics.of(run_rows(run), parties_first=names),
     )
 
 

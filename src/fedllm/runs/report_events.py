@@ -63,8 +63,8 @@ def event_summary(events: list[Row]) -> str:
     """
     counts = Counter(str(event.get("event")) for event in events)
     begun, done = counts["round_started"], counts["round_committed"]
-    again = f" {begun - done} were begun and not committed." if begun > done else ""
-    return f"Rounds begun {begun} times and committed {done} times, round 0 included.{again}" if begun else ""
+    lost = f" Begun and not committed: {begun - done}." if begun > done else ""
+    return f"Rounds begun {begun} times and committed {done} times, round 0 included.{lost}" if begun else ""
 
 
 def failures_of(events: list[Row], party: str) -> list[tuple[str, int]]:

@@ -95,7 +95,7 @@ def bytes_chart(record: RunRecord) -> Drawing | None:
     """
     up, down = (record.metrics.by_party(f"bytes_{way}") for way in ("up", "down"))
     by_party = {party: added([up.get(party, {}), down.get(party, {})]) for party in record.metrics.parties}
-    series, unit = scaled(stacked_series({party: values for party, values in by_party.items() if values}), _SIZES)
+    series, unit = scaled(stacked_series(by_party), _SIZES)
     note = "As encoded, to and from each party. Round 0 holds the handshake and the first adapter."
     return bar_chart(Labels("bytes", "Bytes per round", unit, note), series)
 
