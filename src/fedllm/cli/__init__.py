@@ -62,6 +62,8 @@ def _terminate(signum: int, frame: FrameType | None) -> None:
 def quiet_dependencies() -> None:
     """Switch off telemetry, progress bars and advice of the libraries below, unless the user has set them."""
     settings = {
+        # Threads that wait for each other asleep: spinning, two threads on a busy machine are slower than one.
+        "OMP_WAIT_POLICY": "PASSIVE",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",

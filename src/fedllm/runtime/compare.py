@@ -15,10 +15,9 @@ from fedllm.job.job import Job, LocatedParty, load_parties
 from fedllm.runs.folder import RunFolder, run_identity
 from fedllm.runs.jsonl import write_json
 from fedllm.runs.plan_files import write_plan
-from fedllm.runs.report import write_report
 from fedllm.runtime.judge import TestSet, final_tensors, judge, test_set
 from fedllm.runtime.local import InProcessLink
-from fedllm.runtime.run import RunResult, Watch, carry_out, concluding, local_hosts, read_result
+from fedllm.runtime.run import RunResult, Watch, carry_out, concluding, local_hosts, read_result, write_pages
 from fedllm.runtime.site import Site, common_examples, open_site, party_tokens
 from fedllm.scenarios.base import TokenData
 
@@ -185,7 +184,7 @@ def _written(rows: list[Scores], test: TestSet, result: RunResult) -> Comparison
         "rouge_tokenizer": first.get("rouge_tokenizer", ""),
     }
     write_json(result.path / "comparison.json", comparison)
-    write_report(result.path)
+    write_pages(result.path)
     return Comparison(rows, sentence, recovered, result)
 
 

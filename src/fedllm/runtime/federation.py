@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from fedllm.aggregate.total import GridSum
-from fedllm.errors import PayloadError
+from fedllm.errors import CODES, PayloadError
 from fedllm.runtime.base import HANDSHAKE, HEADROOM_BYTES, SERVER, Link, Timings
 from fedllm.scenarios.base import Reply, Summand, Total
 from fedllm.wire.frame import Frame, check_manifest, decode, encode, from_bytes, to_bytes
@@ -138,9 +138,12 @@ class LinkedFederation:
             frame = from_bytes(data, max_bytes=self._max_bytes())
             if frame.envelope != sent.reply():
                 raise PayloadError("PAYLOAD_REFUSED", "the answer belongs to another request", where=sent.recipient)
-            return decode(frame, self._kinds)
+            payload = decode(frame, self._kinds)
         except PayloadError as error:
             return Failure(code=error.code)
+        # A code that this version does not know says no more than that the party failed.
+        unknown = isinstance(payload, Failure) and payload.code not in CODES
+        return Failure(code="PARTY_FAILED") if unknown else payload
 
     def expect(self, manifest: Manifest) -> None:
         """Set the largest answer that is accepted, from the tensors agreed at the handshake.

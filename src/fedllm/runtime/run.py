@@ -333,19 +333,26 @@ def finish(run: RunFolder, job: Job, parties: list[LocatedParty], outcome: Outco
     run.event("run_finished", detail=status)
     again = f"fedllm eval {run.path}"
     write_json(run.path / "result.json", _result(status, reason, again, outcome.state.round, best, sha256))
-    write_atomic(run.path / "adapter" / "README.md", model_card(run.path).encode())
-    write_report(run.path)
+    write_pages(run.path)
     return RunResult(run.path, status, outcome.state.round, best, sha256)
+
+
+def write_pages(path: Path) -> None:
+    """Write the adapter's model card and the report from a run's files.
+
+    Args:
+        path: The run folder.
+    """
+    write_atomic(path / "adapter" / "README.md", model_card(path).encode())
+    write_report(path)
 
 
 def _deliver(run: RunFolder, job: Job, parties: list[LocatedParty], tensors: Tensors) -> str:
     folder, draft = run.path / "adapter", run.path / "adapter.tmp"
     shutil.rmtree(draft, ignore_errors=True)
     base, _ = base_folder(job, parties)
-    name = job.model.model_name_or_path
-    known_as = str(job.path(name)) if job.path(name).is_dir() else name
     try:
-        save_adapter(tensors, folder=draft, base=base, peft=job.peft, name=known_as)
+        save_adapter(tensors, folder=draft, base=base, peft=job.peft, name=job.model.model_name_or_path)
         shutil.rmtree(folder, ignore_errors=True)
         draft.replace(folder)
     except OSError as error:

@@ -42,7 +42,7 @@ class State:
 class Summand(Payload):
     """A reply that only ever becomes part of a sum: `tensors` times `weight`, and `counts` as they are."""
 
-    weight: int = Field(ge=0, le=2**40)
+    weight: int = Field(ge=1, le=2**40)
     counts: dict[str, float]
     tensors: Tensors
 

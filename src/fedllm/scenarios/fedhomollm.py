@@ -180,9 +180,10 @@ def _loss_rows(number: int, split: str, total: Total) -> list[Row]:
 
 
 def _train_rows(number: int, total: Total) -> list[Row]:
-    counts = total.counts
-    values = {name: counts[name] for name in ("tokens", "examples", "steps")}
-    values["loss_nats"] = counts["loss_nats"] / counts["tokens"]
+    # What a party forgets to count must not stop the server: its rows are null then.
+    values = {name: total.counts.get(name) for name in ("tokens", "examples", "steps")}
+    loss, tokens = total.counts.get("loss_nats"), values["tokens"]
+    values["loss_nats"] = loss / tokens if loss is not None and tokens else None
     norm = math.sqrt(sum(float(t.double().square().sum()) for t in total.means.values()))
     return rows_of(number, None, "train", values) + rows_of(number, None, None, {"update_norm": norm})
 
