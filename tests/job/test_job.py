@@ -181,7 +181,7 @@ def test_a_missing_key_is_named_with_its_section(tmp_path: Path) -> None:
     [
         {"train.local_epochs": 1},
         {"train.local_steps": None, "train.learning_rate": 0.1},
-        {"train.optim": "sgd", "train.adam_beta1": 0.9},
+        {"train.optim": "sgd", "train.adam_beta1": 0.8},
         {"train.lr_scheduler_type": "constant", "train.warmup_steps": 3},
         {"federation.strategy": {"name": "FedAvgM"}},
         {"federation.strategy": {"server_momentum": 0.5}},
@@ -266,15 +266,28 @@ def test_the_digest_does_not_change_from_release_to_release_unnoticed(tmp_path: 
         st.sampled_from(["1e5", "no", "null", "007", "true", "on", "3", "a-b_c"]), min_size=2, unique=True
     ),
     path=st.text(st.characters(categories=["L", "N", "P", "S", "Zs"]), min_size=1, max_size=10),
-    rate=st.floats(1e-30, 1e30),
+    rate=st.floats(1e-6, 1e30),
+    train=st.sampled_from(
+        [
+            {"optim": "sgd"},
+            {"optim": "adafactor", "lr_scheduler_type": "constant"},
+            {"adam_beta2": 0.95, "warmup_steps": 0.1},
+            {"local_steps": None, "local_epochs": 2},
+        ]
+    ),
 )
 @settings(max_examples=60, deadline=None)
 def test_the_run_folder_gives_back_the_same_job(
-    name: str, parties: list[str], path: str, rate: float, tmp_path_factory: pytest.TempPathFactory
+    name: str,
+    parties: list[str],
+    path: str,
+    rate: float,
+    train: dict[str, Any],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     folder = tmp_path_factory.mktemp("plan")
     values = with_changes(PLAN, {"name": name, "parties": parties, "model.model_name_or_path": path})
-    values["train"]["learning_rate"] = rate
+    values["train"] |= train | {"learning_rate": rate}
     job = Job.model_validate(values).located(folder)
     run = RunFolder.create(folder / "run", job_digest=job.digest)
     write_plan(run, job, [])
@@ -283,6 +296,37 @@ def test_the_run_folder_gives_back_the_same_job(
     assert again.model_dump() == job.model_dump()
     assert again.digest == job.digest
     assert again.base_dir == folder
+
+
+@pytest.mark.parametrize(
+    "party",
+    [
+        {},
+        {"data.eval": None},
+        {"data.eval": None, "data.eval_share": 0.3},
+        {"data.columns": {"prompt": "question", "completion": "answer"}},
+        {"device": "cuda:1", "limits": {"max_rounds": 9}, "model_name_or_path": "here"},
+    ],
+)
+def test_the_run_folder_gives_back_the_same_parties(party: dict[str, Any], make_federation: Make) -> None:
+    federation = make_federation(party=party)
+    job, parties = federation.job(), federation.parties()
+    run = RunFolder.create(federation.folder / "run", job_digest=job.digest)
+    write_plan(run, job, parties)
+    run.close()
+    assert read_plan(run.path)[1] == parties
+
+
+def test_a_run_folder_whose_job_was_changed_is_refused(make_federation: Make) -> None:
+    job = make_federation().job()
+    run = RunFolder.create(job.base_dir / "run", job_digest=job.digest)
+    write_plan(run, job, [])
+    run.close()
+    text = (run.path / "job.yaml").read_text()
+    (run.path / "job.yaml").write_text(text.replace("learning_rate: 0.01", "learning_rate: 0.02"))
+    with pytest.raises(ConfigError) as caught:
+        read_plan(run.path)
+    assert caught.value.code == "RUN_EXISTS"
 
 
 def test_relative_paths_start_at_the_job_file(tmp_path: Path) -> None:

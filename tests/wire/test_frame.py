@@ -109,6 +109,13 @@ def test_every_payload_comes_back_bit_for_bit(first: Any, second: Any, number: i
         assert bits(ours) == bits(theirs)
 
 
+def test_tensors_arrive_in_the_order_of_their_names() -> None:
+    names = [f"layer{number}" for number in range(40)]
+    found = received(to_bytes(encode(sample(first={name: torch.ones(2) for name in names}), ENVELOPE)))
+    assert isinstance(found, Sample)
+    assert list(found.first) == sorted(names)
+
+
 def test_slices_and_transposes_are_sent_as_they_look() -> None:
     whole = torch.arange(12.0).reshape(3, 4)
     found = received(to_bytes(encode(sample(first={"t": whole.t(), "row": whole[1]}), ENVELOPE)))

@@ -93,7 +93,8 @@ class DataSource(BaseModel):
     @model_validator(mode="after")
     def _share_has_an_effect(self) -> Self:
         named = self.eval is not None or self.eval_split is not None
-        if named and "eval_share" in self.model_fields_set and self.eval_share > 0:
+        # Compared with the default, not with what was written: a run folder writes all values out.
+        if named and self.eval_share not in (0, type(self).model_fields["eval_share"].default):
             raise ValueError("eval_share has no effect where eval or eval_split names the data: leave one out")
         return self
 

@@ -73,6 +73,15 @@ class Generations:
         assert isinstance(saved, Saved)  # noqa: S101
         return State(number, saved.tensors, saved.fields)
 
+    def digest(self, number: int) -> str:
+        """Return the SHA-256 that `save` returned for a round, or an empty string if its file is not whole.
+
+        Args:
+            number: The round.
+        """
+        body = self._body(number)
+        return hashlib.sha256(body).hexdigest() if body is not None else ""
+
     def forget_after(self, number: int) -> None:
         """Remove the checkpoints of later rounds.
 

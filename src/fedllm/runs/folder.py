@@ -4,16 +4,41 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
 from fedllm.errors import ConfigError
 from fedllm.runs.checkpoint import Generations
-from fedllm.runs.jsonl import append_rows, read_rows, write_json
+from fedllm.runs.jsonl import append_rows, disk_error, read_rows, write_json
 from fedllm.runs.metrics import RowFile
+
+# What a start writes before local.json, from which on the run can be resumed.
+_START = {".lock", *(name + end for name in ("run.json", "job.yaml", "config.json") for end in ("", ".tmp"))}
+_START.add("local.json.tmp")
+_PATIENCE_S = 30.0
+
+
+def check_free(path: Path) -> None:
+    """Raise when a folder cannot take a new run.
+
+    Args:
+        path: The folder.
+
+    Raises:
+        ConfigError: `RUN_EXISTS`.
+    """
+    found = {item.name for item in path.iterdir()} if path.is_dir() else set()
+    if (path.exists() and not path.is_dir()) or found - _START:
+        raise ConfigError(
+            "RUN_EXISTS",
+            "the folder is not empty",
+            where=str(path),
+            fix=f"`fedllm resume {path}` goes on with a run there; `--output` names another folder",
+        )
 
 
 def now() -> str:
@@ -29,30 +54,33 @@ class RunFolder:
     run_id: str
     job_digest: str
     _lock: IO[str] | None
+    _parties: list[IO[str]] = field(default_factory=list)
 
     @classmethod
     def create(cls, path: Path, *, job_digest: str) -> RunFolder:
         """Return a new, locked run folder.
 
         Args:
-            path: The folder; it must be absent or empty.
+            path: The folder; it must be absent or empty, or hold a start that broke off before anything ran.
             job_digest: The job that will run in it.
 
         Raises:
             ConfigError: `RUN_EXISTS`.
         """
-        if path.exists() and any(path.iterdir()):
-            raise ConfigError(
-                "RUN_EXISTS",
-                "the folder is not empty",
-                where=str(path),
-                fix=f"`fedllm resume {path}` goes on with the run there; `--output` names another folder",
-            )
-        path.mkdir(parents=True, exist_ok=True)
-        lock = _locked(path)
-        run_id = uuid.uuid4().hex
-        write_json(path / "run.json", {"run_id": run_id, "job_digest": job_digest})
-        return cls(path, run_id, job_digest, lock)
+        check_free(path)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise disk_error(error, path) from None
+        run = cls(path, uuid.uuid4().hex, job_digest, _locked(path))
+        try:
+            # Another process may have been here in between.
+            check_free(path)
+            write_json(path / "run.json", {"run_id": run.run_id, "job_digest": job_digest})
+        except BaseException:
+            run.close()
+            raise
+        return run
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:
@@ -68,9 +96,23 @@ class RunFolder:
         return cls(path, identity["run_id"], identity["job_digest"], _locked(path))
 
     def close(self) -> None:
-        """Unlock the folder."""
-        if self._lock is not None:
-            self._lock.close()
+        """Unlock the folder and the parties in it."""
+        for lock in [self._lock, *self._parties]:
+            if lock is not None:
+                lock.close()
+
+    def hold_party(self, party: str) -> None:
+        """Lock a party's folder, so that no process left over from a crash works in it at the same time.
+
+        Args:
+            party: The party.
+
+        Raises:
+            ConfigError: `RUN_EXISTS`, another process has it and does not end.
+        """
+        folder = self.path / "parties" / party
+        folder.mkdir(parents=True, exist_ok=True)
+        self._parties.append(_locked(folder, patience_s=_PATIENCE_S))
 
     def checkpoints(self) -> Generations:
         """Return the server's checkpoints."""
@@ -163,17 +205,23 @@ def run_identity(path: Path) -> dict[str, str]:
         ) from None
 
 
-def _locked(path: Path) -> IO[str]:
+def _locked(path: Path, *, patience_s: float = 0.0) -> IO[str]:
     lock = (path / ".lock").open("w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        lock.close()
-        raise ConfigError(
-            "RUN_EXISTS",
-            "another process is working in this run folder",
-            where=str(path),
-            fix="wait for it, or stop it; `--output` names another folder",
-        ) from None
+    until = time.monotonic() + patience_s
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except OSError:
+            if time.monotonic() < until:
+                time.sleep(0.1)
+                continue
+            lock.close()
+            raise ConfigError(
+                "RUN_EXISTS",
+                "another process is working in this run folder",
+                where=str(path),
+                fix="wait for it, or stop it; `--output` names another folder",
+            ) from None
     os.set_inheritable(lock.fileno(), False)
     return lock

@@ -84,6 +84,16 @@ def finite(value: Any) -> Any:
     return [finite(item) for item in value] if isinstance(value, list | tuple) else value
 
 
+def encode_rows(rows: Iterable[Row]) -> bytes:
+    """Return rows as lines of JSON; NaN becomes null.
+
+    Args:
+        rows: The rows.
+    """
+    lines = (json.dumps(finite(row), ensure_ascii=False, separators=(",", ":")) + "\n" for row in rows)
+    return "".join(lines).encode()
+
+
 def append_rows(path: Path, rows: Iterable[Row]) -> None:
     """Append rows durably. A torn last line, left by a crash, is cut off first.
 
@@ -94,13 +104,15 @@ def append_rows(path: Path, rows: Iterable[Row]) -> None:
     Raises:
         ResourceError: `DISK_FULL`.
     """
-    text = "".join(json.dumps(finite(row), ensure_ascii=False, separators=(",", ":")) + "\n" for row in rows)
     try:
+        is_new = not path.exists()
         _cut_torn_line(path)
         with path.open("ab") as handle:
-            handle.write(text.encode())
+            handle.write(encode_rows(rows))
             handle.flush()
             os.fsync(handle.fileno())
+        if is_new:
+            sync_folder(path.parent)
     except OSError as error:
         raise disk_error(error, path) from None
 

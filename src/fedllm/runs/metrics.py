@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedllm.runs.jsonl import Row, append_rows, read_rows, write_atomic
+from fedllm.runs.jsonl import Row, append_rows, encode_rows, read_rows, write_atomic
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,7 @@ class RowFile:
         rows = read_rows(self.path)
         kept = [row for row in rows if row["round"] <= committed_round]
         if len(kept) < len(rows):
-            write_atomic(self.path, b"")
-            append_rows(self.path, kept)
+            write_atomic(self.path, encode_rows(kept))
 
     def read(self) -> list[Row]:
         """Return all rows."""

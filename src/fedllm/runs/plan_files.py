@@ -12,10 +12,10 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from fedllm.errors import ConfigError
+from fedllm.errors import ConfigError, ModelError
 from fedllm.job.job import Job, LocatedParty
 from fedllm.job.party import Party
-from fedllm.runs.folder import RunFolder, now
+from fedllm.runs.folder import RunFolder, now, run_identity
 from fedllm.runs.jsonl import write_atomic, write_json
 
 LIBRARIES = ("fedllm", "torch", "transformers", "peft", "safetensors", "numpy")
@@ -65,6 +65,17 @@ def write_plan(run: RunFolder, job: Job, parties: list[LocatedParty]) -> None:
     run.event("run_started", detail=f"job {job.name}, digest {job.digest}")
 
 
+def _check_unchanged(before: dict[str, Any], digests: dict[str, str]) -> None:
+    for name, digest in digests.items():
+        if before.get(name) != digest:
+            raise ModelError(
+                "MODEL_MISMATCH",
+                f"the {name.replace('_', ' ')} is not the one that the run began with",
+                where="model.model_name_or_path",
+                fix="put the old model folder back, or start a new run",
+            )
+
+
 def read_plan(path: Path) -> tuple[Job, list[LocatedParty]]:
     """Return the job and the parties that a run was started with.
 
@@ -72,8 +83,9 @@ def read_plan(path: Path) -> tuple[Job, list[LocatedParty]]:
         path: The run folder.
 
     Raises:
-        ConfigError: `RUN_NOT_FOUND`.
+        ConfigError: `RUN_NOT_FOUND`, or `RUN_EXISTS` when its job.yaml was changed since.
     """
+    digest = run_identity(path)["job_digest"]
     try:
         local = json.loads((path / "local.json").read_text(encoding="utf-8"))
         job = Job.from_yaml(path / "job.yaml").located(Path(local["base_dir"]))
@@ -87,17 +99,34 @@ def read_plan(path: Path) -> tuple[Job, list[LocatedParty]]:
         raise ConfigError(
             "RUN_NOT_FOUND", "no run is in this folder", where=str(path), fix="name a folder that `fedllm run` made"
         ) from None
+    if job.digest != digest:
+        raise ConfigError(
+            "RUN_EXISTS",
+            "the run was started with other settings than its job.yaml has now",
+            where=str(path / "job.yaml"),
+            fix="undo the change, or start a new run from a job file of your own",
+        )
     return job, parties
 
 
 def write_provenance(run: RunFolder, job: Job, **digests: str) -> None:
-    """Write what the run's bits depend on.
+    """Write what the run's bits depend on; on resume, check that the model is still the same.
 
     Args:
         run: The run folder.
         job: The job.
         digests: SHA-256 of base model, tokenizer, template.
+
+    Raises:
+        ModelError: `MODEL_MISMATCH`.
     """
+    try:
+        before = json.loads((run.path / "provenance.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        before = None
+    if before is not None:
+        _check_unchanged(before, digests)
+        return
     machine = {"platform": platform.platform(), "processor": platform.machine(), "cores": os.cpu_count()}
     write_json(
         run.path / "provenance.json",

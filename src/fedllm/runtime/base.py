@@ -58,7 +58,7 @@ class Ready(Payload):
 
 
 class Restore(Payload):
-    """Server -> parties: go on from your state as of this round; forget what came after it."""
+    """Server -> parties: go on from your state as of this round, and forget what came after it; -1: begin anew."""
 
     committed_round: int
     trained: dict[str, int]

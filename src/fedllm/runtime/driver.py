@@ -10,6 +10,7 @@ from typing import Any
 from fedllm.errors import FedllmError, ModelError, PayloadError, RunFailed, RunPaused, StateLost
 from fedllm.runs.checkpoint import Generations
 from fedllm.runs.folder import RunFolder
+from fedllm.runs.jsonl import finite
 from fedllm.runtime.base import Done, Hello, Ready, Restore, Timings
 from fedllm.runtime.federation import LinkedFederation
 from fedllm.scenarios.base import RoundResult, Row, ServerHalf, State
@@ -64,7 +65,7 @@ class Driver:
 
     def _commit(self, result: RoundResult) -> None:
         number, started = result.state.round, time.perf_counter()
-        rows = result.rows + self._wire_rows(number)
+        rows = finite(result.rows + self._wire_rows(number))
         fields = result.state.fields | {_TRAINED: self.federation.trained, _ROWS: rows}
         digest = self.run.checkpoints().save(replace(result.state, fields=fields))
         write = {"round": number, "party": None, "split": None, "name": "seconds_write"}
@@ -101,9 +102,9 @@ class Driver:
         self.on_ready(agreed)
         self.federation.expect(agreed.manifest)
         number = _common_round(ready, rounds)
-        self._note_rollback(number if candidates else None)
-        last = trained.get(number, {})
-        self._restore(number, last)
+        self._settle_journal(number if candidates else None)
+        # Without a checkpoint not even round 0 is committed, and what the parties noted of it is forgotten.
+        self._restore(number if candidates else -1, trained.get(number, {}))
         if not candidates:
             self.run.rows().rewind(-1)
             return None
@@ -120,11 +121,17 @@ class Driver:
             )
         return valid
 
-    def _note_rollback(self, number: int | None) -> None:
+    def _settle_journal(self, number: int | None) -> None:
         last = self.run.last_commit()
-        if number is not None and last is not None and number < last:
+        if number is None or number == last:
+            return
+        if last is not None and number < last:
             self.run.journal(number, "rollback")
             self.run.event("rolled_back", round_=number, detail=f"round {last} is damaged; going on from {number}")
+        else:
+            # The crash came between the checkpoint, which is what counts, and its line.
+            self.run.journal(number, "commit", sha256=self.run.checkpoints().digest(number))
+            self.run.event("round_committed", round_=number)
 
     def _rewound(self, states: Generations, number: int) -> State:
         states.forget_after(number)
@@ -151,7 +158,7 @@ class Driver:
     def _restore(self, number: int, trained: dict[str, int]) -> None:
         last = {party: trained.get(party, 0) for party in self.federation.parties}
         request = Restore(committed_round=number, trained=last)
-        for reply in self.federation.ask(request, round_=number, to=self.federation.parties):
+        for reply in self.federation.ask(request, round_=max(number, 0), to=self.federation.parties):
             _expected(reply.party, reply.payload, Done)
 
 

@@ -17,7 +17,7 @@ from fedllm.job.job import Job, LocatedParty, load_parties
 from fedllm.models.adapter import save_adapter
 from fedllm.models.digest import file_digest
 from fedllm.runs.card import model_card
-from fedllm.runs.folder import RunFolder, run_identity
+from fedllm.runs.folder import RunFolder, check_free, run_identity
 from fedllm.runs.jsonl import Row, disk_error, read_rows, write_atomic, write_json
 from fedllm.runs.metrics import run_rows
 from fedllm.runs.plan_files import read_plan, write_plan, write_provenance
@@ -28,6 +28,7 @@ from fedllm.runtime.federation import LinkedFederation
 from fedllm.runtime.host import PartyHost
 from fedllm.runtime.local import InProcessLink
 from fedllm.runtime.site import Site, base_folder, open_host, open_site, party_tokens
+from fedllm.runtime.validate import validate
 from fedllm.scenarios.base import ServerHalf, TokenData
 from fedllm.train.base import LocalTrainer
 from fedllm.train.supervised import SupervisedTrainer
@@ -93,10 +94,14 @@ def run_local(
     parties = parties if parties is not None else load_parties(job)
     check_job(job, parties)
     path = output or Path("runs") / f"{job.name}-{job.digest[:8]}"
+    # What is wrong with the model or the data is found before there is a run folder.
+    check_free(path)
+    loaded = _load(job, parties, trainer=trainer, num_workers=num_workers)
     run = RunFolder.create(path, job_digest=job.digest)
     try:
         write_plan(run, job, parties)
-        return _run(run, job, parties, trainer=trainer, num_workers=num_workers, watch=watch)
+        with concluding(run):
+            return _run(run, job, parties, loaded, num_workers=num_workers, watch=watch)
     finally:
         run.close()
 
@@ -119,35 +124,54 @@ def resume(
     run = RunFolder.open(path)
     try:
         if (finished := read_result(path)) and finished.adapter_sha256:
+            # The crash may have come between the verdict and the pages about it.
+            write_pages(path)
             return finished
         run.event("run_resumed")
-        return _run(run, job, parties, trainer=trainer, num_workers=num_workers, watch=watch)
+        with concluding(run):
+            loaded = _load(job, parties, trainer=trainer, num_workers=num_workers)
+            return _run(run, job, parties, loaded, num_workers=num_workers, watch=watch)
     finally:
         run.close()
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    site: Site
+    data: dict[str, TokenData]
+    trainer: LocalTrainer | None
+
+
+def _load(job: Job, parties: list[LocatedParty], *, trainer: LocalTrainer | None, num_workers: int) -> _Loaded | None:
+    if not num_workers:
+        site = open_site(job, parties)
+        return _Loaded(site, {located.party.name: party_tokens(site, located) for located in parties}, trainer)
+    if num_workers < 0:
+        raise ConfigError("BAD_VALUE", f"num_workers is {num_workers}", where="num_workers", fix="give 0 or more")
+    if trainer is not None:
+        raise ConfigError(
+            "BAD_COMBINATION", "a trainer of your own cannot travel to worker processes", fix="set num_workers=0"
+        )
+    # The workers load for themselves.
+    validate(job, parties)
+    return None
 
 
 def _run(
     run: RunFolder,
     job: Job,
     parties: list[LocatedParty],
+    loaded: _Loaded | None,
     *,
-    trainer: LocalTrainer | None,
     num_workers: int,
     watch: Watch | None,
 ) -> RunResult:
-    if num_workers and trainer is not None:
-        raise ConfigError(
-            "BAD_COMBINATION", "a trainer of your own cannot travel to worker processes", fix="set num_workers=0"
-        )
-    with concluding(run):
-        if num_workers:
-            from fedllm.runtime.workers import WorkerLink
+    if loaded is None:
+        from fedllm.runtime.workers import WorkerLink
 
-            return carry_out(run, job, parties, WorkerLink(parties, run, num_workers=num_workers), watch=watch)
-        site = open_site(job, parties)
-        data = {located.party.name: party_tokens(site, located) for located in parties}
-        hosts = local_hosts(site, data, run, trainer=trainer, watch=watch)
-        return carry_out(run, job, parties, InProcessLink(hosts), watch=watch)
+        return carry_out(run, job, parties, WorkerLink(parties, run, num_workers=num_workers), watch=watch)
+    hosts = local_hosts(loaded.site, loaded.data, run, trainer=loaded.trainer, watch=watch)
+    return carry_out(run, job, parties, InProcessLink(hosts), watch=watch)
 
 
 def carry_out(
@@ -188,6 +212,7 @@ def local_hosts(
     """
     trainer, on_step = trainer or SupervisedTrainer(), (watch or Watch()).on_step
     for party, tokens in data.items():
+        run.hold_party(party)
         check_data_unchanged(run, party, tokens)
     return {
         party: open_host(site, party, data[party], run=run, trainer=trainer, on_step=partial(on_step, party))

@@ -92,7 +92,7 @@ class WorkerLink:
 
     def _start(self, run: RunFolder, share: list[str]) -> Connection:
         ours, theirs = socket.socketpair()
-        command = [sys.executable, "-m", "fedllm.runtime.workers", str(theirs.fileno())]
+        command = [sys.executable, "-m", "fedllm.runtime.workers", str(theirs.fileno()), str(os.getpid())]
         process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)  # noqa: S603
         theirs.close()
         connection = Connection(ours.detach())
@@ -166,10 +166,19 @@ def serve(connection: Connection) -> None:
         connection.send_bytes(answer)
 
 
-def main() -> None:
-    """Run a worker; its one argument is the number of an inherited socket."""
-    from contextlib import suppress
+def _end_with(parent: int) -> None:
+    # A worker in the midst of its training does not look at the socket, and nobody waits for its answer any more.
+    while os.getppid() == parent:
+        time.sleep(0.2)
+    os._exit(1)
 
+
+def main() -> None:
+    """Run a worker; its arguments are the number of an inherited socket and the id of the process that started it."""
+    from contextlib import suppress
+    from threading import Thread
+
+    Thread(target=_end_with, args=(int(sys.argv[2]),), daemon=True).start()
     logging.basicConfig(level=logging.ERROR, format="%(message)s")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with suppress(EOFError, BrokenPipeError, ConnectionResetError, KeyboardInterrupt):

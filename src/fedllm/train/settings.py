@@ -45,10 +45,11 @@ class TrainSettings(BaseModel):
 
     @model_validator(mode="after")
     def _settings_have_effect(self) -> TrainSettings:
-        given = self.model_fields_set
-        adam = given & {"adam_beta1", "adam_beta2", "adam_epsilon"}
+        # Compared with the defaults, not with what was written: a run folder writes all values out.
+        fields = type(self).model_fields
+        adam = [name for name in fields if name.startswith("adam_") and getattr(self, name) != fields[name].default]
         if adam and self.optim != "adamw_torch":
-            raise ValueError(f"{', '.join(sorted(adam))} has no effect with optim {self.optim}; leave it out")
+            raise ValueError(f"{', '.join(adam)} has no effect with optim {self.optim}; leave it out")
         if self.lr_scheduler_type == "constant" and self.warmup_steps:
             raise ValueError("warmup_steps has no effect with constant; use constant_with_warmup")
         if self.lr_scheduler_type == "polynomial" and self.learning_rate <= 1e-7:

@@ -77,7 +77,8 @@ def prepare_model(task: TrainTask) -> None:
     model = task.model.model
     if task.settings.bf16 and not has_bf16(next(model.parameters()).device):
         raise ResourceError("DEVICE_MISSING", "this hardware has no bfloat16", fix="set `train.bf16: false`")
-    if task.settings.gradient_checkpointing and not model.is_gradient_checkpointing:
+    is_on = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    if task.settings.gradient_checkpointing and not is_on:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
 

@@ -193,7 +193,8 @@ def _load_tensors(blob: bytes) -> dict[str, torch.Tensor]:
     if not all(isinstance(entry, dict) and entry.get("dtype") in _DTYPES for entry in entries):
         raise ValueError("a dtype that may not travel")
     tensors: dict[str, torch.Tensor] = load_safetensors(blob)
-    return tensors
+    # The library's order differs from call to call, and sums of floats over a dict follow it.
+    return dict(sorted(tensors.items()))
 
 
 def _check_finite(tensor: torch.Tensor, *, name: str, sender: str) -> None:
