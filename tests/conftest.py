@@ -25,9 +25,14 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def make_federation(tmp_path: Path, base: Path) -> Callable[..., Any]:
-    """A function that writes a tiny federation into the test's own folder; see `tiny.tiny_federation`."""
+def make_federation(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """A function that writes a tiny federation into the test's own folder; see `tiny.tiny_federation`.
+
+    Nothing waits for the disk: a test that cuts the power puts its own `os.fsync` in place.
+    """
     from tiny import tiny_federation
+
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
 
     def make(name: str = "federation", **changes: Any) -> Any:
         return tiny_federation(tmp_path / name, changes.pop("base", base), **changes)

@@ -10,7 +10,7 @@ from typing import Any
 from fedllm.errors import PayloadError, StateLost
 from fedllm.runs.jsonl import sync_folder, write_atomic
 from fedllm.scenarios.base import State
-from fedllm.wire.frame import decode, encode, from_bytes, to_bytes
+from fedllm.wire.frame import check_finite, decode, encode, from_bytes, to_bytes
 from fedllm.wire.payload import Envelope, Payload, Tensors
 
 _MAGIC = b"FLMS"
@@ -39,7 +39,12 @@ class Generations:
 
         Args:
             state: What to keep.
+
+        Raises:
+            PayloadError: `NONFINITE`; such a state could not be loaded again.
+            ResourceError: `DISK_FULL`.
         """
+        check_finite(state.tensors, sender=self.owner)
         self.folder.mkdir(parents=True, exist_ok=True)
         body = to_bytes(encode(Saved(fields=state.fields, tensors=state.tensors), self._envelope(state.round)))
         digest = hashlib.sha256(body)

@@ -12,7 +12,7 @@ from fedllm.runs.checkpoint import Generations
 from fedllm.runs.metrics import RowFile
 from fedllm.runtime.base import HANDSHAKE, SERVER, Done, Hello, Ready, Restore
 from fedllm.scenarios.base import ClientHalf, Log
-from fedllm.wire.frame import Frame, decode, encode, from_bytes, to_bytes, with_blob
+from fedllm.wire.frame import Frame, check_finite, decode, encode, from_bytes, to_bytes, with_blob
 from fedllm.wire.payload import Envelope, Failure, Payload
 
 _log = logging.getLogger("fedllm.party")
@@ -107,6 +107,9 @@ class PartyHost:
             answer = self._handle(request, round_, deadline)
             self.log(round_, None, {"seconds_compute": time.perf_counter() - started})
             assert self.client is not None  # noqa: S101
+            # An answer that the server will refuse must not move the party's state on.
+            for field in answer.tensor_fields():
+                check_finite(getattr(answer, field), sender=self.party)
             self.states.save(self.client.state())
         except Exception:
             # A half-trained state must not leak into the next round: go back to the last one saved.

@@ -126,8 +126,8 @@ class Server:
             return
         failed = ", ".join(f"{party}: {code}" for party, code in sorted(total.failures.items()))
         what = f"{len(total.parties)} parties finished, federation.min_parties is {self._settings.min_parties}"
-        # Waiting can cure a slow party; a party whose training diverged will diverge again.
-        may_pass = set(total.failures.values()) <= {"ROUND_TIMEOUT"}
+        # Waiting can cure a slow party, and space a full disk; a party whose training diverged will diverge again.
+        may_pass = set(total.failures.values()) <= {"ROUND_TIMEOUT", "DISK_FULL"}
         error = RunPaused if may_pass else RunFailed
         fix = "see the party's own log for the reason; then `fedllm resume RUN`"
         raise error("QUORUM", f"{what} ({failed})", where=f"round {number}", fix=fix)

@@ -197,6 +197,20 @@ def _load_tensors(blob: bytes) -> dict[str, torch.Tensor]:
     return dict(sorted(tensors.items()))
 
 
+def check_finite(tensors: Mapping[str, torch.Tensor], *, sender: str) -> None:
+    """Check that all tensors hold finite numbers, as every receiver will.
+
+    Args:
+        tensors: Named tensors.
+        sender: Whose they are, for the error.
+
+    Raises:
+        PayloadError: `NONFINITE`, naming the tensor.
+    """
+    for name, tensor in tensors.items():
+        _check_finite(tensor, name=name, sender=sender)
+
+
 def _check_finite(tensor: torch.Tensor, *, name: str, sender: str) -> None:
     if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
         raise PayloadError("NONFINITE", f"tensor {name!r} holds NaN or infinity", where=sender)
