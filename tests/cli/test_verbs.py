@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -233,3 +234,22 @@ def test_errors_under_json_are_an_envelope(call: Call, tmp_path: Path) -> None:
     assert (envelope["status"], envelope["exit_code"]) == ("error", 2)
     codes = [envelope["data"]["code"], *(error["code"] for error in envelope["data"]["also"])]
     assert {"UNKNOWN_KEY", "MISSING_KEY"} <= set(codes)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_pauses_a_run_that_resume_finishes(
+    call: Call, job_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, code: int
+) -> None:
+    from fedllm.train.supervised import SupervisedTrainer
+
+    def interrupted(*args: Any) -> None:
+        signal.raise_signal(number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SupervisedTrainer, "train", interrupted)
+        found, _, err = call("run", job_folder / "job.yaml", *SETS, "--output", tmp_path / "run")
+    assert found == code
+    assert f"fedllm resume {tmp_path / 'run'}" in err
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == "PAUSED"
+    assert "PAUSED" in (tmp_path / "run" / "report.html").read_text()
+    assert call("resume", tmp_path / "run")[0] == 0

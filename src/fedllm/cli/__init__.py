@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import sys
+import warnings
 from types import FrameType
 
 import typer
@@ -51,12 +52,19 @@ app.command("schema")(schema.schema)
 app.command("doctor")(doctor.doctor)
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, raised where the program stands so that it can write its verdict."""
+class Stopped(BaseException):
+    """SIGINT or SIGTERM, raised where the program stands so that it can write its verdict.
+
+    Not a KeyboardInterrupt, which typer would turn into an exit without a word.
+    """
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signum)
+        self.exit_code = 128 + signum
 
 
-def _terminate(signum: int, frame: FrameType | None) -> None:
-    raise Terminated
+def _stop(signum: int, frame: FrameType | None) -> None:
+    raise Stopped(signum)
 
 
 def quiet_dependencies() -> None:
@@ -74,13 +82,15 @@ def quiet_dependencies() -> None:
     }
     for name, value in settings.items():
         os.environ.setdefault(name, value)
+    # PEFT asks transformers for properties under their old names; a user can do nothing about it.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
 def main() -> None:
     """Run the command line and exit with a documented code."""
     quiet_dependencies()
     logging.basicConfig(level=logging.ERROR, format="%(message)s")
-    signal.signal(signal.SIGTERM, _terminate)
+    before = {number: signal.signal(number, _stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         code = app(standalone_mode=False)
     except FedllmError as error:
@@ -88,10 +98,10 @@ def main() -> None:
         code = int(error.exit_code)
     except typer.Abort:
         code = ExitCode.FAILED
-    except KeyboardInterrupt as interrupt:
-        for note in getattr(interrupt, "__notes__", []):
+    except Stopped as stopped:
+        for note in getattr(stopped, "__notes__", []):
             sys.stderr.write(f"\n{note}\n")
-        code = ExitCode.TERMINATED if isinstance(interrupt, Terminated) else ExitCode.INTERRUPTED
+        code = stopped.exit_code
     except BrokenPipeError:
         sys.stderr.close()
         code = ExitCode.OK
@@ -101,4 +111,7 @@ def main() -> None:
             code = ExitCode.USAGE
         else:
             raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     sys.exit(int(code or 0))

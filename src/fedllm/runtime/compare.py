@@ -39,8 +39,8 @@ def compare(
 ) -> Comparison:
     """Run a job and its yardsticks, judge them on one test set, and return the table.
 
-    A single party, and the pooled model, train for as many rounds as the federation with as many local steps (or
-    epochs), without server momentum: each model does the same number of optimiser steps in a row. The test set is `evaluate.test`, or else the
+    A single party trains for as many rounds as the federation, with the same steps and without server momentum;
+    the pooled model sees as many examples as all parties together. The test set is `evaluate.test`, or else the
     parties' held-out examples together. What has run already is not run again.
 
     Args:
@@ -128,12 +128,15 @@ def alone(job: Job, party: str) -> Job:
 
 
 def pooled(job: Job) -> Job:
-    """Return the yardstick job of all data in one place.
+    """Return the yardstick job of all data in one place: as many steps as all parties do together.
 
     Args:
         job: The federation's job.
     """
-    return alone(job, "pooled").model_copy(update={"name": "pooled"}).located(job.base_dir)
+    single = alone(job, "pooled")
+    steps = job.train.local_steps
+    train = single.train.model_copy(update={"local_steps": steps and steps * len(job.parties)})
+    return single.model_copy(update={"name": "pooled", "train": train}).located(job.base_dir)
 
 
 def _together(data: dict[str, TokenData]) -> TokenData:

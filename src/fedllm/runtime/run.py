@@ -301,10 +301,6 @@ def concluding(run: RunFolder) -> Iterator[None]:
     """
     try:
         yield
-    except KeyboardInterrupt as interrupt:
-        _conclude(run, "PAUSED", "It was interrupted.", code="INTERRUPTED")
-        interrupt.add_note(f"paused; go on with: fedllm resume {run.path}")
-        raise
     except FedllmError as error:
         error.fix = error.fix.replace("fedllm resume RUN", f"fedllm resume {run.path}")
         paused = isinstance(error, RunPaused | ResourceError)
@@ -312,6 +308,11 @@ def concluding(run: RunFolder) -> Iterator[None]:
         raise
     except Exception as error:
         _conclude(run, "FAILED", f"An unexpected {type(error).__name__}: a fault of fedllm.", code="UNEXPECTED")
+        raise
+    except BaseException as stop:
+        # KeyboardInterrupt, and what the command line raises for a signal.
+        _conclude(run, "PAUSED", "It was interrupted.", code="INTERRUPTED")
+        stop.add_note(f"paused; go on with: fedllm resume {run.path}")
         raise
 
 
