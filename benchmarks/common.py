@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import random
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
+
+# Before torch is loaded: as the command line does.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 

@@ -21,7 +21,7 @@ from fedllm.runtime.scaffold import write_job_folder
 
 SETTINGS = {
     "federation.num_rounds": 25,
-    "train.local_steps": 30,
+    "train.local_steps": 12,
 }
 
 
