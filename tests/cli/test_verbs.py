@@ -20,6 +20,7 @@ from fedllm.errors import ExitCode
 FAST = {
     "federation.num_rounds": 1,
     "train.local_steps": 1,
+    "train.warmup_steps": 0,
     "train.per_device_train_batch_size": 4,
     "evaluate.max_examples": 4,
     "evaluate.max_new_tokens": 4,
