@@ -21,7 +21,7 @@ def check_job(job: Job, parties: list[LocatedParty], *, baseline: bool = False) 
         ConfigError: Settings that cannot hold together.
         PolicyError: A site's limits forbid the job.
     """
-    rules = RULES if baseline else (*RULES, _two_parties)
+    rules = RULES if baseline else (_two_parties, *RULES)
     errors: list[FedllmError] = [error for rule in rules for error in rule(job)]
     for located in parties:
         errors += _limits(job, located)
@@ -113,7 +113,7 @@ def _files(job: Job) -> Iterator[ConfigError]:
         if name is not None and _is_path(name) and not job.path(name).exists():
             yield ConfigError(
                 "FILE_NOT_FOUND",
-                f"no file {job.path(name)}",
+                f"`{key}`: no file {job.path(name)}",
                 where=job.origins.get(key, key),
                 fix="paths in a job file start at its own folder",
             )

@@ -91,6 +91,7 @@ def _attach(base_model: Any, peft: PeftSettings) -> Any:
             "the base model carries an adapter already",
             fix="load the base model afresh for each adapter",
         )
+    _check_names(base_model, peft)
     settings = peft.model_dump(exclude={"peft_type"})
     try:
         with global_generators_kept(), warnings.catch_warnings():
@@ -105,6 +106,21 @@ def _attach(base_model: Any, peft: PeftSettings) -> Any:
             fix="use `all-linear`, or names out of: " + ", ".join(_linear_names(base_model)),
         ) from None
     return model
+
+
+def _check_names(base_model: Any, peft: PeftSettings) -> None:
+    # PEFT passes over a name that fits nothing as long as another one fits.
+    modules = [name for name, _ in base_model.named_modules()]
+    targets = peft.target_modules if isinstance(peft.target_modules, list) else []
+    for key, names in {"target_modules": targets, "modules_to_save": peft.modules_to_save or []}.items():
+        for wanted in names:
+            if not any(name == wanted or name.endswith(f".{wanted}") for name in modules):
+                raise ModelError(
+                    "PEFT_TARGET",
+                    f"the base model has no module {wanted!r}",
+                    where=f"peft.{key}",
+                    fix="names out of: " + ", ".join(_linear_names(base_model)),
+                )
 
 
 def _linear_names(base_model: Any) -> list[str]:

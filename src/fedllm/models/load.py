@@ -152,17 +152,48 @@ def load_tokenizer(folder: Path) -> Any:
         raise ModelError(
             "MODEL_NOT_FOUND",
             f"{folder} has no tokenizer that transformers can load ({type(error).__name__})",
+            where="model.model_name_or_path",
             fix="copy tokenizer.json and tokenizer_config.json beside the weights",
         ) from None
     if tokenizer.eos_token_id is None:
         raise ModelError(
             "MODEL_NOT_FOUND",
             f"the tokenizer in {folder} has no stop token (eos_token)",
+            where="model.model_name_or_path",
             fix="set eos_token in tokenizer_config.json",
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def check_machine(settings: ModelSettings, device: str) -> None:
+    """Raise when the machine lacks the device, or the attention code, that is asked for.
+
+    Args:
+        settings: The job's `model` section.
+        device: `cpu`, `cuda` or `cuda:N`.
+
+    Raises:
+        ResourceError: `DEVICE_MISSING`.
+    """
+    number = int(device.partition(":")[2] or 0)
+    if device.startswith("cuda") and not (torch.cuda.is_available() and number < torch.cuda.device_count()):
+        raise ResourceError(
+            "DEVICE_MISSING",
+            f"device {device!r} is not there",
+            where="party files, device",
+            fix="set `device: cpu` in party.yaml",
+        )
+    from transformers.utils import is_flash_attn_2_available
+
+    if settings.attn_implementation == "flash_attention_2" and not is_flash_attn_2_available():
+        raise ResourceError(
+            "DEVICE_MISSING",
+            "flash_attention_2 needs the package flash-attn and a GPU, which are not here",
+            where="model.attn_implementation",
+            fix="set `attn_implementation: sdpa`",
+        )
 
 
 def load_base(settings: ModelSettings, *, folder: Path, device: str = "cpu") -> Base:
@@ -180,8 +211,7 @@ def load_base(settings: ModelSettings, *, folder: Path, device: str = "cpu") -> 
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as hf_logging
 
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ResourceError("DEVICE_MISSING", f"device {device!r} is not there", fix="set `device: cpu` in party.yaml")
+    check_machine(settings, device)
     digest = base_digest(folder)
     if settings.base_digest not in (None, digest):
         raise ModelError(

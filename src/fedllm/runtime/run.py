@@ -28,7 +28,7 @@ from fedllm.runtime.federation import LinkedFederation
 from fedllm.runtime.host import PartyHost
 from fedllm.runtime.local import InProcessLink
 from fedllm.runtime.site import Site, base_folder, open_host, open_site, party_tokens
-from fedllm.runtime.validate import validate
+from fedllm.runtime.validate import upload_limits, validate
 from fedllm.scenarios.base import ServerHalf, TokenData
 from fedllm.train.base import LocalTrainer
 from fedllm.train.supervised import SupervisedTrainer
@@ -145,6 +145,8 @@ class _Loaded:
 def _load(job: Job, parties: list[LocatedParty], *, trainer: LocalTrainer | None, num_workers: int) -> _Loaded | None:
     if not num_workers:
         site = open_site(job, parties)
+        if refused := upload_limits(parties, site.model):
+            raise refused[0]
         return _Loaded(site, {located.party.name: party_tokens(site, located) for located in parties}, trainer)
     if num_workers < 0:
         raise ConfigError("BAD_VALUE", f"num_workers is {num_workers}", where="num_workers", fix="give 0 or more")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,8 +15,8 @@ from fedllm.data.formats import Example
 from fedllm.data.read import read_examples, read_party_data
 from fedllm.data.settings import DataSettings
 from fedllm.data.template import template_digest
-from fedllm.data.tokens import TokenisedExample, tokenise_all
-from fedllm.errors import ConfigError
+from fedllm.data.tokens import TokenisedExample, TokenReport, tokenise_all
+from fedllm.errors import ConfigError, DataError
 from fedllm.job.job import Job, LocatedParty
 from fedllm.models.adapter import TunableModel
 from fedllm.models.load import Base, find_base, load_base
@@ -25,6 +26,7 @@ from fedllm.runtime.base import Ready
 from fedllm.runtime.host import Blobs, PartyHost
 from fedllm.scenarios.base import ClientContext, ClientHalf, Log, TokenData
 from fedllm.train.base import LocalTrainer
+from fedllm.train.supervised import check_precision
 
 
 @dataclass
@@ -80,6 +82,7 @@ def open_site(job: Job, parties: list[LocatedParty], *, base: Base | None = None
     torch.set_num_threads(job.runtime.num_threads)
     folder, device = base_folder(job, parties)
     base = base or load_base(job.model, folder=folder, device=device)
+    check_precision(job.train, torch.device(device))
     if job.data.packing:
         need_isolated_packing(base.model)
     settings = data_settings(job)
@@ -127,9 +130,27 @@ def common_tokens(job: Job, base: Base) -> tuple[list[TokenisedExample], str]:
     examples = common_examples(job)
     if not examples:
         return [], hashlib.sha256(b"").hexdigest()
-    tokens, _ = tokenise_all(examples, base.tokenizer, data_settings(job))
+    tokens, _ = tokens_of(examples, base.tokenizer, job, where="evaluate.test")
     digest = hashlib.sha256(repr([example.input_ids for example in tokens]).encode()).hexdigest()
     return tokens, digest
+
+
+def tokens_of(
+    examples: Sequence[Example], tokenizer: Any, job: Job, *, where: str
+) -> tuple[list[TokenisedExample], TokenReport]:
+    """Return examples as tokens, and counts; an error says whose they are.
+
+    Args:
+        examples: Any number of examples.
+        tokenizer: The base model's tokenizer.
+        job: For its `data` section.
+        where: Whose examples they are, for the error.
+    """
+    try:
+        return tokenise_all(examples, tokenizer, data_settings(job))
+    except DataError as error:
+        place = f"{where}, {error.where}" if error.where else where
+        raise DataError(error.code, error.what, where=place, fix=error.fix) from None
 
 
 def party_tokens(site: Site, located: LocatedParty) -> TokenData:
@@ -142,7 +163,7 @@ def party_tokens(site: Site, located: LocatedParty) -> TokenData:
     Raises:
         DataError: The data cannot be used as they are.
     """
-    job, settings, tokenizer = site.job, data_settings(site.job), site.base.tokenizer
+    job, tokenizer, where = site.job, site.base.tokenizer, f"party {located.party.name}"
     read = read_party_data(
         located.party.data,
         base_dir=located.base_dir,
@@ -150,8 +171,8 @@ def party_tokens(site: Site, located: LocatedParty) -> TokenData:
         seed=job.seed,
         party=located.party.name,
     )
-    train, _ = tokenise_all(read.train, tokenizer, settings)
-    held_out = tokenise_all(read.held_out, tokenizer, settings)[0] if read.held_out else []
+    train, _ = tokens_of(read.train, tokenizer, job, where=where)
+    held_out, _ = tokens_of(read.held_out, tokenizer, job, where=f"{where}, held-out examples")
     return TokenData(train, held_out, site.common)
 
 

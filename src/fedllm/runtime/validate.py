@@ -10,14 +10,14 @@ from typing import Any, TypeVar
 
 from fedllm.data.read import PartyData, read_party_data
 from fedllm.data.template import template_digest
-from fedllm.data.tokens import TokenReport, tokenise_all
+from fedllm.data.tokens import TokenReport
 from fedllm.errors import DataError, FedllmError, ModelError, PolicyError
 from fedllm.job.check import check_job
 from fedllm.job.job import Job, LocatedParty
 from fedllm.models.adapter import TunableModel, skeleton
 from fedllm.models.digest import base_digest, tokenizer_digest
-from fedllm.models.load import load_tokenizer
-from fedllm.runtime.site import base_folder, common_examples, data_settings
+from fedllm.models.load import check_machine, load_tokenizer
+from fedllm.runtime.site import base_folder, common_examples, data_settings, tokens_of
 
 T = TypeVar("T")
 
@@ -63,7 +63,8 @@ def validate(job: Job, parties: list[LocatedParty]) -> Facts:
         FedllmError: The first thing that is wrong, with the others in `also`.
     """
     check_job(job, parties)
-    folder, _ = base_folder(job, parties)
+    folder, device = base_folder(job, parties)
+    check_machine(job.model, device)
     tokenizer = load_tokenizer(folder)
     settings, errors = data_settings(job), list[FedllmError]()
     digests = {
@@ -74,11 +75,11 @@ def validate(job: Job, parties: list[LocatedParty]) -> Facts:
     }
     tunable = _collect(errors, lambda: skeleton(folder, job.peft))
     facts = [_collect(errors, partial(_party_facts, job, located, tokenizer)) for located in parties]
-    common = _collect(errors, lambda: _tokens(common_examples(job), tokenizer, job))
+    common = _collect(errors, lambda: _tokens(common_examples(job), tokenizer, job, "evaluate.test"))
     if job.model.base_digest not in (None, digests["base"]):
         errors.append(_foreign_base(job, folder, digests["base"]))
     if tunable:
-        errors += _upload_limits(parties, tunable)
+        errors += upload_limits(parties, tunable)
     if errors or tunable is None:
         errors[0].also = (*errors[0].also, *errors[1:])
         raise errors[0]
@@ -102,14 +103,14 @@ def _party_facts(job: Job, located: LocatedParty, tokenizer: Any) -> PartyFacts:
         seed=job.seed,
         party=name,
     )
-    train = _tokens(read.train, tokenizer, job)
+    train = _tokens(read.train, tokenizer, job, f"party {name}")
     if train is None:
         raise DataError("DATA_EMPTY", "the party has no training example", where=f"party {name}")
-    return PartyFacts(name, train, _tokens(read.held_out, tokenizer, job))
+    return PartyFacts(name, train, _tokens(read.held_out, tokenizer, job, f"party {name}, held-out examples"))
 
 
-def _tokens(examples: Any, tokenizer: Any, job: Job) -> TokenReport | None:
-    return tokenise_all(examples, tokenizer, data_settings(job))[1] if examples else None
+def _tokens(examples: Any, tokenizer: Any, job: Job, where: str) -> TokenReport | None:
+    return tokens_of(examples, tokenizer, job, where=where)[1] if examples else None
 
 
 def _foreign_base(job: Job, folder: Path, digest: str) -> ModelError:
@@ -121,7 +122,13 @@ def _foreign_base(job: Job, folder: Path, digest: str) -> ModelError:
     )
 
 
-def _upload_limits(parties: list[LocatedParty], tunable: TunableModel) -> list[FedllmError]:
+def upload_limits(parties: list[LocatedParty], tunable: TunableModel) -> list[FedllmError]:
+    """Return an error per party whose own limit is below the size of an update.
+
+    Args:
+        parties: The parties.
+        tunable: The model with its adapter.
+    """
     size = sum(spec.num_bytes for spec in tunable.manifest.values())
     broken = [item for item in parties if (item.party.limits.max_upload_bytes_per_round or size) < size]
     return [

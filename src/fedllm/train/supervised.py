@@ -16,6 +16,7 @@ from fedllm.errors import ResourceError, RunFailed
 from fedllm.models.loss import target_losses
 from fedllm.seeds import global_torch_stream
 from fedllm.train.base import TrainSums, TrainTask
+from fedllm.train.settings import TrainSettings
 
 Batch = dict[str, torch.Tensor]
 
@@ -75,12 +76,27 @@ def prepare_model(task: TrainTask) -> None:
         ResourceError: `DEVICE_MISSING`, bfloat16 asked for on hardware without it.
     """
     model = task.model.model
-    if task.settings.bf16 and not has_bf16(next(model.parameters()).device):
-        raise ResourceError("DEVICE_MISSING", "this hardware has no bfloat16", fix="set `train.bf16: false`")
+    check_precision(task.settings, next(model.parameters()).device)
     is_on = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
     if task.settings.gradient_checkpointing and not is_on:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
+
+
+def check_precision(settings: TrainSettings, device: torch.device) -> None:
+    """Raise when a device lacks the precision that the settings ask for.
+
+    Args:
+        settings: The job's `train` section.
+        device: Where the model is.
+
+    Raises:
+        ResourceError: `DEVICE_MISSING`.
+    """
+    if settings.bf16 and not has_bf16(device):
+        raise ResourceError(
+            "DEVICE_MISSING", "this hardware has no bfloat16", where="train.bf16", fix="set `train.bf16: false`"
+        )
 
 
 def has_bf16(device: torch.device) -> bool:
