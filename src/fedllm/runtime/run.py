@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -11,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from fedllm.errors import ConfigError, DataError, FedllmError, ResourceError, RunPaused
+from fedllm.errors import ConfigError, FedllmError, ResourceError, RunPaused
 from fedllm.job.check import check_job
 from fedllm.job.job import Job, LocatedParty, load_parties
 from fedllm.models.adapter import save_adapter
@@ -27,6 +26,7 @@ from fedllm.runtime.driver import Driver, Outcome
 from fedllm.runtime.federation import LinkedFederation
 from fedllm.runtime.host import PartyHost
 from fedllm.runtime.local import InProcessLink
+from fedllm.runtime.party_data import check_data_unchanged, party_facts
 from fedllm.runtime.site import Site, base_folder, open_host, open_site, party_tokens
 from fedllm.runtime.validate import upload_limits, validate
 from fedllm.scenarios.base import ServerHalf, TokenData
@@ -222,36 +222,6 @@ def local_hosts(
     }
 
 
-def check_data_unchanged(run: RunFolder, party: str, tokens: TokenData) -> None:
-    """Note the digest of a party's data at the party; on resume, refuse data that changed.
-
-    Args:
-        run: The run folder.
-        party: The party.
-        tokens: Its data.
-
-    Raises:
-        DataError: `DATA_CHANGED`.
-    """
-    text = repr([[example.input_ids for example in split] for split in (tokens.train, tokens.held_out)])
-    facts = {
-        "sha256": hashlib.sha256(text.encode()).hexdigest(),
-        "train_examples": len(tokens.train),
-        "held_out_examples": len(tokens.held_out),
-    }
-    path = run.path / "parties" / party / "data.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
-        write_json(path, facts)
-    elif json.loads(path.read_text(encoding="utf-8")) != facts:
-        raise DataError(
-            "DATA_CHANGED",
-            "the party's data are not those that the run began with",
-            where=f"party {party}",
-            fix="put the old data back, or start a new run",
-        )
-
-
 def drive(run: RunFolder, job: Job, link: Link, *, watch: Watch | None = None) -> Outcome:
     """Return the outcome of all rounds that are left, over any link.
 
@@ -280,18 +250,6 @@ def drive(run: RunFolder, job: Job, link: Link, *, watch: Watch | None = None) -
         write_json(run.path / "parties.json", [party_facts(run, party) for party in link.parties])
 
     return Driver(run, federation, server, job.federation.num_rounds, watch.on_round, on_ready).drive()
-
-
-def party_facts(run: RunFolder, party: str) -> dict[str, str | int]:
-    """Return a party's name and numbers of examples, as far as they are on this machine.
-
-    Args:
-        run: The run folder.
-        party: The party.
-    """
-    facts = json.loads((run.path / "parties" / party / "data.json").read_text(encoding="utf-8"))
-    counts = {name: facts[name] for name in ("train_examples", "held_out_examples")}
-    return {"party": party, **counts}
 
 
 @contextmanager
