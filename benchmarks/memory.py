@@ -1,6 +1,6 @@
 """Peak memory of a run with 2, 8 and 32 parties in one process: one base model, whatever the number of parties.
 
-Run: python benchmarks/memory.py   (about 3 minutes on 2 cores)
+Run: python benchmarks/memory.py   (about 1 minute on 2 cores)
 """
 
 from __future__ import annotations

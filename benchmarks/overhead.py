@@ -1,6 +1,6 @@
 """Cost of federation: a run against a bare loop that does the same optimiser steps on the same tensors.
 
-Run: python benchmarks/overhead.py   (about 4 minutes on 2 cores)
+Run: python benchmarks/overhead.py   (about 2 minutes on 2 cores)
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--hidden", type=int, default=224)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
