@@ -21,6 +21,7 @@ from fedllm.runtime.scaffold import write_job_folder
 
 SETTINGS = {
     "federation.num_rounds": 25,
+    "federation.eval_every": 1,
     "train.local_steps": 12,
 }
 
