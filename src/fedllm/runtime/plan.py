@@ -115,7 +115,8 @@ def rehearse(job: Job, facts: Facts) -> tuple[dict[str, int], dict[str, int], in
         job: The job.
         facts: From `validate`.
     """
-    rounds = min(job.federation.num_rounds, max(_DRY_ROUNDS, getattr(job.federation, "eval_every", 0)))
+    every = max(1, getattr(job.federation, "eval_every", 1))
+    rounds = min(job.federation.num_rounds, -(-_DRY_ROUNDS // every) * every)
     federation = job.federation.model_copy(update={"num_rounds": rounds})
     short = job.model_copy(update={"federation": federation}).located(job.base_dir)
     with tempfile.TemporaryDirectory() as folder:
