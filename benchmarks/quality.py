@@ -23,6 +23,7 @@ SETTINGS = {
     "federation.num_rounds": 25,
     "federation.eval_every": 1,
     "train.local_steps": 12,
+    "evaluate.max_examples": 160,
 }
 
 
