@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import random
 import signal
+import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -100,6 +103,19 @@ def test_workers_of_a_killed_run_do_not_disturb_the_one_that_goes_on(make_federa
     committed_once(path, 2)
     assert lasting(result.rows()) == lasting(expected.rows())
     wait_for(lambda: not workers[0].is_running() or workers[0].status() == psutil.STATUS_ZOMBIE, seconds=10)
+
+
+def test_a_worker_ends_when_the_process_that_started_it_is_gone() -> None:
+    # Its socket stays open here, and no order comes: only the missing parent can end it.
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        nobody = "1"
+        command = [sys.executable, "-m", "fedllm.runtime.workers", str(theirs.fileno()), nobody]
+        worker = subprocess.Popen(command, pass_fds=[theirs.fileno()])
+        try:
+            assert worker.wait(60) == 1
+        finally:
+            worker.kill()
 
 
 def test_a_killed_worker_pauses_the_run(make_federation: Make) -> None:

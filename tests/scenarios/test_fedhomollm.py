@@ -13,6 +13,8 @@ from fedllm.errors import FedllmError, RunFailed, RunPaused
 from fedllm.runs.jsonl import Row
 from fedllm.scenarios.base import Reply, State, Total
 from fedllm.scenarios.fedhomollm import SCENARIO, Evaluate, Initial, SendInitial, Server, Settings, Train
+from fedllm.train.base import TrainSums, TrainTask
+from fedllm.train.supervised import SupervisedTrainer
 from fedllm.wire.payload import Failure, Manifest, Payload
 
 Make = Callable[..., TinyFederation]
@@ -228,6 +230,22 @@ def test_each_party_logs_the_learning_rate_of_its_last_step_over_the_whole_run(m
     federation = make_federation(job={"federation.num_rounds": 3, "train.local_steps": 2})
     rate = learning_rates(federation.job().train, total_steps=6)
     assert values(federation.run().rows(), "learning_rate", "north") == [rate(1), rate(3), rate(5)]
+
+
+def test_each_round_goes_on_in_the_data_where_the_round_before_ended(make_federation: Make) -> None:
+    seen: list[tuple[str, int, int, int]] = []
+
+    class Noting(SupervisedTrainer):
+        """Keeps which steps of the run each round does."""
+
+        def train(self, task: TrainTask, optimizer: torch.optim.Optimizer) -> TrainSums:
+            seen.append((task.party, task.round, task.first_step, task.num_steps))
+            return super().train(task, optimizer)
+
+    make_federation(job={"federation.num_rounds": 3}, sizes={"north": 4, "south": 3}).run(trainer=Noting())
+    assert sorted(seen) == [
+        (party, number, 2 * (number - 1), 2) for party in ("north", "south") for number in (1, 2, 3)
+    ]
 
 
 def test_keeping_and_resetting_the_optimiser_state_differ_after_the_first_round_only(make_federation: Make) -> None:
