@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,8 @@ class Disk:
         self.count, self.crash_at = 0, -1
         self._replace, self._unlink, self._rmtree = Path.replace, Path.unlink, shutil.rmtree
         monkeypatch.setattr(os, "fsync", self._fsync)
+        # A process that dies does not write a verdict first.
+        monkeypatch.setattr(run_module, "concluding", lambda run: nullcontext())
         monkeypatch.setattr(Path, "replace", lambda path, target: self._at(self._replace, path, target))
         monkeypatch.setattr(Path, "unlink", lambda path, **options: self._at(self._unlink, path, **options))
         monkeypatch.setattr(

@@ -282,3 +282,16 @@ def test_a_run_folder_in_use_is_refused(federation: TinyFederation) -> None:
         held.close()
     assert caught.value.code == "RUN_EXISTS"
     assert run_module.resume(result.path).status == "SUCCESS"
+
+
+def test_a_party_s_folder_in_use_by_a_process_left_over_is_refused(
+    federation: TinyFederation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = broken_off(federation, monkeypatch, "broken")
+    monkeypatch.setattr("fedllm.runs.folder._PATIENCE_S", 0.2)
+    left_over = RunFolder(folder, "", "", None)
+    left_over.hold_party("south")
+    with pytest.raises(FedllmError, match="RUN_EXISTS"):
+        resume(folder)
+    left_over.close()
+    assert resume(folder).status == "SUCCESS"
