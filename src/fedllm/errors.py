@@ -49,6 +49,12 @@ CODES: dict[str, str] = {
     "PEFT_TARGET": "The tuning method does not fit the base model.",
     "DEVICE_MISSING": "The machine lacks what a setting asks for: device, bf16, a package.",
     "POLICY_REFUSED": "A site's own limits forbid what the job asks.",
+    "BAD_KEY": "The file is no private key, or one of a kind that cannot be used.",
+    "KEY_EXISTS": "A private key would be overwritten.",
+    "KEY_EXPOSED": "Others than its owner can read a private key.",
+    "WEAK_KEY": "A key that is too short to be safe.",
+    "BAD_SIGNATURE": "Something is not signed by whom it names.",
+    "NOT_ON_ROSTER": "A name that the project's roster does not have.",
     "BLOB_MISSING": "A message refers to tensors that the receiver no longer holds; they are sent again.",
     "PAYLOAD_REFUSED": "A message is malformed, too large, or from another run.",
     "NONFINITE": "A tensor or a loss is not a finite number.",
@@ -114,6 +120,12 @@ class PolicyError(FedllmError):
     exit_code = ExitCode.REFUSED
 
 
+class IdentityError(FedllmError):
+    """A key, a certificate or a start-up kit does not prove who someone is."""
+
+    exit_code = ExitCode.IDENTITY
+
+
 class ResourceError(FedllmError):
     """The machine lacks something: memory, disk, a package, a device."""
 
@@ -122,6 +134,12 @@ class ResourceError(FedllmError):
 
 class PayloadError(FedllmError):
     """A message was refused on receipt."""
+
+
+class SenderRefused(PayloadError):
+    """A message, an approval or a job does not come from whom it names."""
+
+    exit_code = ExitCode.IDENTITY
 
 
 class RunFailed(FedllmError):

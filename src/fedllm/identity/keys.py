@@ -1,0 +1,126 @@
+"""Private keys: made, kept readable by their owner alone, and refused when exposed or weak."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from pathlib import Path
+
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import rsa
+
+from fedllm.errors import IdentityError
+
+# NVIDIA FLARE registers clients with RSA signatures, so one RSA key serves TLS, registration and messages.
+KEY_BITS = 3072
+MIN_KEY_BITS = 2048
+_MIN_EXPONENT = 65537
+_MAX_KEY_FILE_BYTES = 2**16
+_NEW_KEY = "make a new key: move the old one away and run `fedllm request`"
+
+
+def new_key(*, bits: int = KEY_BITS) -> rsa.RSAPrivateKey:
+    """Return a new private key.
+
+    Args:
+        bits: Length of the modulus.
+    """
+    return rsa.generate_private_key(public_exponent=_MIN_EXPONENT, key_size=bits)
+
+
+def save_key(key: rsa.RSAPrivateKey, path: Path) -> None:
+    """Write a private key that only its owner can read. No file is ever overwritten.
+
+    Args:
+        key: The key.
+        path: A file that does not exist yet.
+
+    Raises:
+        IdentityError: `KEY_EXISTS`.
+    """
+    pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    try:
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        fix = "use the key that is there, or move it away; a new key needs a new certificate"
+        raise IdentityError("KEY_EXISTS", "there is a file already", where=str(path), fix=fix) from None
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(pem)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        # Half a key would stand in the way of the next attempt.
+        path.unlink(missing_ok=True)
+        raise
+
+
+def load_key(path: Path) -> rsa.RSAPrivateKey:
+    """Return the private key in a file.
+
+    Args:
+        path: A PEM file, readable by its owner alone.
+
+    Raises:
+        IdentityError: `BAD_KEY`, `KEY_EXPOSED` or `WEAK_KEY`.
+    """
+    where = str(path)
+    try:
+        key = serialization.load_pem_private_key(_read_private(path), password=None)
+    except (ValueError, TypeError, UnsupportedAlgorithm):
+        # The reason that the library gives may quote the file, so it is not passed on.
+        fix = "restore the file from a backup, or move it away and run `fedllm request`"
+        raise IdentityError("BAD_KEY", "not a private key in plain PEM form", where=where, fix=fix) from None
+    if not isinstance(key, rsa.RSAPrivateKey):
+        raise IdentityError("BAD_KEY", "not an RSA key", where=where, fix=_NEW_KEY)
+    check_public_key(key.public_key(), where=where)
+    return key
+
+
+def _read_private(path: Path) -> bytes:
+    fix = "run `fedllm request` to make a key"
+    try:
+        with path.open("rb") as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise IdentityError("BAD_KEY", "not a plain file", where=str(path), fix=fix)
+            if mode := status.st_mode & 0o077:
+                what = f"the key's file is open to others than its owner (mode {stat.S_IMODE(status.st_mode):04o})"
+                fix = f"`chmod 600 {path}`; if others had access{' to write' if mode & 0o022 else ''}, make a new key"
+                raise IdentityError("KEY_EXPOSED", what, where=str(path), fix=fix)
+            return file.read(_MAX_KEY_FILE_BYTES)
+    except OSError as error:
+        raise IdentityError("BAD_KEY", f"cannot be read: {error.strerror}", where=str(path), fix=fix) from None
+
+
+def check_public_key(key: object, *, where: str) -> rsa.RSAPublicKey:
+    """Return a public key that is of the right kind and strong enough.
+
+    Args:
+        key: A public key of any kind.
+        where: File or party, for the error.
+
+    Raises:
+        IdentityError: `BAD_KEY` or `WEAK_KEY`.
+    """
+    if not isinstance(key, rsa.RSAPublicKey):
+        raise IdentityError("BAD_KEY", "not an RSA key", where=where, fix=_NEW_KEY)
+    if key.key_size < MIN_KEY_BITS:
+        what = f"an RSA key of {key.key_size} bits; {MIN_KEY_BITS} are the least"
+        raise IdentityError("WEAK_KEY", what, where=where, fix=_NEW_KEY)
+    if key.public_numbers().e < _MIN_EXPONENT:
+        what = f"an RSA key with the exponent {key.public_numbers().e}; {_MIN_EXPONENT} is the least"
+        raise IdentityError("WEAK_KEY", what, where=where, fix=_NEW_KEY)
+    return key
+
+
+def key_fingerprint(key: rsa.RSAPublicKey) -> str:
+    """Return `sha256:...` of a public key, by which two people compare it.
+
+    Args:
+        key: The public key.
+    """
+    spki = key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
+    return f"sha256:{hashlib.sha256(spki).hexdigest()}"
