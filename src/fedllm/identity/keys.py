@@ -12,6 +12,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 
 from fedllm.errors import IdentityError
+from fedllm.identity.files import not_written
 
 # NVIDIA FLARE registers clients with RSA signatures, so one RSA key serves TLS, registration and messages.
 KEY_BITS = 3072
@@ -39,22 +40,24 @@ def save_key(key: rsa.RSAPrivateKey, path: Path) -> None:
 
     Raises:
         IdentityError: `KEY_EXISTS`.
+        ResourceError: `DISK_FULL`.
     """
-    pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     try:
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError:
         fix = "use the key that is there, or move it away; a new key needs a new certificate"
         raise IdentityError("KEY_EXISTS", "there is a file already", where=str(path), fix=fix) from None
+    except OSError as error:
+        raise not_written(error, path) from None
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(pem)
+            file.write(_plain_pem(key))
             file.flush()
             os.fsync(file.fileno())
-    except OSError:
+    except OSError as error:
         # Half a key would stand in the way of the next attempt.
         path.unlink(missing_ok=True)
-        raise
+        raise not_written(error, path) from None
 
 
 def load_key(path: Path) -> rsa.RSAPrivateKey:
@@ -66,9 +69,9 @@ def load_key(path: Path) -> rsa.RSAPrivateKey:
     Raises:
         IdentityError: `BAD_KEY`, `KEY_EXPOSED` or `WEAK_KEY`.
     """
-    where = str(path)
+    where, pem = str(path), _read_private(path)
     try:
-        key = serialization.load_pem_private_key(_read_private(path), password=None)
+        key = serialization.load_pem_private_key(pem, password=None)
     except (ValueError, TypeError, UnsupportedAlgorithm):
         # The reason that the library gives may quote the file, so it is not passed on.
         fix = "restore the file from a backup, or move it away and run `fedllm request`"
@@ -76,13 +79,23 @@ def load_key(path: Path) -> rsa.RSAPrivateKey:
     if not isinstance(key, rsa.RSAPrivateKey):
         raise IdentityError("BAD_KEY", "not an RSA key", where=where, fix=_NEW_KEY)
     check_public_key(key.public_key(), where=where)
+    # One key has one spelling: so a change of any bit of the file is seen, also one that a lenient reader passes over.
+    if pem != _plain_pem(key):
+        fix = f"restore it, or rewrite a key of your own: `openssl pkcs8 -topk8 -nocrypt -in {path} -out NEW.pem`"
+        raise IdentityError("BAD_KEY", "changed, or not in PKCS#8 form", where=where, fix=fix)
     return key
+
+
+def _plain_pem(key: rsa.RSAPrivateKey) -> bytes:
+    encoding, form = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
+    return key.private_bytes(encoding, form, serialization.NoEncryption())
 
 
 def _read_private(path: Path) -> bytes:
     fix = "run `fedllm request` to make a key"
     try:
-        with path.open("rb") as file:
+        # A pipe in the key's place must not make the program wait.
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise IdentityError("BAD_KEY", "not a plain file", where=str(path), fix=fix)
