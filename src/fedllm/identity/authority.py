@@ -26,8 +26,8 @@ AUTHORITY_DAYS = 3650
 _BACKDATED = datetime.timedelta(days=2)
 # The role under which NVIDIA FLARE lets an identity submit and stop jobs.
 _ADMIN_ROLE = "project_admin"
-_KEY_FILE = "ca.key"
-_CERTIFICATE_FILE = "ca.pem"
+AUTHORITY_KEY_FILE = "ca.key"
+AUTHORITY_FILE = "ca.pem"
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Authority:
             purposes.append(ExtendedKeyUsageOID.SERVER_AUTH)
         builder = builder.add_extension(x509.ExtendedKeyUsage(purposes), critical=False)
         if host is not None:
-            builder = builder.add_extension(x509.SubjectAlternativeName(_alternative_names(host)), critical=False)
+            builder = builder.add_extension(x509.SubjectAlternativeName(alternative_names(host)), critical=False)
         return builder.sign(self.key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
 
 
@@ -107,16 +107,16 @@ def create_authority(folder: Path, *, project: str, key: rsa.RSAPrivateKey | Non
     Raises:
         IdentityError: The authority that is there is another project's, or cannot be used.
     """
-    if (folder / _CERTIFICATE_FILE).exists():
+    if (folder / AUTHORITY_FILE).exists():
         return open_authority(folder, project=project)
     make_private(folder)
-    key_file = folder / _KEY_FILE
+    key_file = folder / AUTHORITY_KEY_FILE
     if not key_file.exists():
         save_key(key or new_key(), key_file)
     # A key without a certificate is what a crash between the two leaves; nothing was signed with it yet.
     key = load_key(key_file)
     certificate = _self_signed(key, project)
-    write_whole(folder / _CERTIFICATE_FILE, certificate.public_bytes(serialization.Encoding.PEM))
+    write_whole(folder / AUTHORITY_FILE, certificate.public_bytes(serialization.Encoding.PEM))
     return open_authority(folder, project=project)
 
 
@@ -130,17 +130,17 @@ def open_authority(folder: Path, *, project: str) -> Authority:
     Raises:
         IdentityError: It is absent, damaged, exposed, expired or another project's.
     """
-    path = folder / _CERTIFICATE_FILE
+    path = folder / AUTHORITY_FILE
     fix = "restore the folder from a backup; with a new authority every site must install again, and confirm it"
-    if not path.is_file() or not (folder / _KEY_FILE).is_file():
+    if not path.is_file() or not (folder / AUTHORITY_KEY_FILE).is_file():
         raise IdentityError(
-            "AUTHORITY_MISSING", f"`{_KEY_FILE}` or `{path.name}` is absent", where=str(folder), fix=fix
+            "AUTHORITY_MISSING", f"`{AUTHORITY_KEY_FILE}` or `{path.name}` is absent", where=str(folder), fix=fix
         )
     certificate = read_certificate(path.read_bytes(), where=str(path))
     check_authority(certificate, where=str(path))
-    key = load_key(folder / _KEY_FILE)
+    key = load_key(folder / AUTHORITY_KEY_FILE)
     if key.public_key() != certificate.public_key():
-        raise IdentityError("CERT_REFUSED", f"not the certificate of `{_KEY_FILE}`", where=str(path), fix=fix)
+        raise IdentityError("CERT_REFUSED", f"not the certificate of `{AUTHORITY_KEY_FILE}`", where=str(path), fix=fix)
     check_dates(certificate, where=str(path))
     if certificate.subject != _authority_subject(project):
         what = f"this is not the authority of the project `{project}`"
@@ -193,7 +193,12 @@ def _key_usage(*, authority: bool) -> x509.KeyUsage:
     )
 
 
-def _alternative_names(host: str) -> list[x509.GeneralName]:
+def alternative_names(host: str) -> list[x509.GeneralName]:
+    """Return the names that a server's certificate holds; this machine's own names only where it is the server.
+
+    Args:
+        host: IP address or DNS name.
+    """
     names = [host]
     if is_loopback(host):
         names += [other for other in ("localhost", "127.0.0.1") if other != host]

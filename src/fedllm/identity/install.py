@@ -17,13 +17,12 @@ from fedllm.errors import ConfigError, IdentityError
 from fedllm.identity.authority import Authority
 from fedllm.identity.files import KIT_FOLDER, PIN_FILE, make_private, not_written, sync_folder, write_whole
 from fedllm.identity.kit import (
-    MANIFEST,
     MAX_FILE_BYTES,
     Content,
     Kit,
-    Manifest,
     Verified,
     check_key,
+    installed_manifest,
     open_kit,
     pinned,
     signed_files,
@@ -107,6 +106,19 @@ def _check_members(members: list[zipfile.ZipInfo], where: str) -> None:
             raise _refused(f"`{member.filename}` is packed in an unusual way", where)
 
 
+def read_kit(zip_path: Path) -> dict[str, bytes]:
+    """Return the files in a kit, unverified. Nothing is written.
+
+    Args:
+        zip_path: The kit.
+
+    Raises:
+        ConfigError: `FILE_NOT_FOUND`.
+        IdentityError: `KIT_REFUSED`.
+    """
+    return unpack(_read(zip_path), where=str(zip_path))
+
+
 def kit_authority(zip_path: Path) -> str:
     """Return the fingerprint of the authority that a kit is from, for somebody to confirm it.
 
@@ -116,7 +128,7 @@ def kit_authority(zip_path: Path) -> str:
     Raises:
         IdentityError: The kit is not whole.
     """
-    files = unpack(_read(zip_path), where=str(zip_path))
+    files = read_kit(zip_path)
     return fingerprint(verify_files(files, pin=None, where=str(zip_path)).authority)
 
 
@@ -133,7 +145,7 @@ def install_kit(zip_path: Path, site: Path, *, authority: str | None, name: str 
         ConfigError: `BAD_VALUE`: `authority` is no fingerprint.
         IdentityError: The kit is refused; the one that was installed stays.
     """
-    return install_files(unpack(_read(zip_path), where=str(zip_path)), site, authority=authority, name=name)
+    return install_files(read_kit(zip_path), site, authority=authority, name=name)
 
 
 def install_files(files: Mapping[str, bytes], site: Path, *, authority: str | None, name: str | None = None) -> Kit:
@@ -172,9 +184,7 @@ def _check_fits(verified: Verified, site: Path, name: str | None) -> None:
     manifest = verified.manifest
     if name is not None and manifest.name != name:
         raise _refused(f"it is the kit of `{manifest.name}`, not of `{name}`", "the kit")
-    try:
-        installed = Manifest.model_validate_json((site / KIT_FOLDER / MANIFEST).read_bytes())
-    except (OSError, ValueError):
+    if (installed := installed_manifest(site)) is None:
         return
     if installed.project != manifest.project:
         raise _refused(f"it is of the project `{manifest.project}`, and `{installed.project}` is installed", "the kit")

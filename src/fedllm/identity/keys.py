@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -12,7 +14,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 
 from fedllm.errors import IdentityError
-from fedllm.identity.files import not_written
+from fedllm.identity.files import make_private, not_written
 
 # NVIDIA FLARE registers clients with RSA signatures, so one RSA key serves TLS, registration and messages.
 KEY_BITS = 3072
@@ -60,6 +62,23 @@ def save_key(key: rsa.RSAPrivateKey, path: Path) -> None:
         raise not_written(error, path) from None
 
 
+def make_missing_keys(paths: Iterable[Path]) -> None:
+    """Make and save a key for each path that has none, on several cores at once.
+
+    Args:
+        paths: The files; their folders are made, for the owner alone.
+
+    Raises:
+        ResourceError: `DISK_FULL`.
+    """
+
+    def make(path: Path) -> None:
+        save_key(new_key(), make_private(path.parent) / path.name)
+
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        list(threads.map(make, [path for path in paths if not path.exists()]))
+
+
 def load_key(path: Path) -> rsa.RSAPrivateKey:
     """Return the private key in a file.
 
@@ -71,7 +90,9 @@ def load_key(path: Path) -> rsa.RSAPrivateKey:
     """
     where, pem = str(path), _read_private(path)
     try:
-        key = serialization.load_pem_private_key(pem, password=None)
+        # The library would test the primes, 0.14 s at every start. The site made them itself; that the numbers belong
+        # together is what can go wrong, and `_belong_together` finds it in no time.
+        key = serialization.load_pem_private_key(pem, password=None, unsafe_skip_rsa_key_validation=True)
     except (ValueError, TypeError, UnsupportedAlgorithm):
         # The reason that the library gives may quote the file, so it is not passed on.
         fix = "restore the file from a backup, or move it away and run `fedllm request`"
@@ -80,10 +101,19 @@ def load_key(path: Path) -> rsa.RSAPrivateKey:
         raise IdentityError("BAD_KEY", "not an RSA key", where=where, fix=_NEW_KEY)
     check_public_key(key.public_key(), where=where)
     # One key has one spelling: so a change of any bit of the file is seen, also one that a lenient reader passes over.
-    if pem != _plain_pem(key):
+    if not _belong_together(key.private_numbers()) or pem != _plain_pem(key):
         fix = f"restore it, or rewrite a key of your own: `openssl pkcs8 -topk8 -nocrypt -in {path} -out NEW.pem`"
         raise IdentityError("BAD_KEY", "changed, or not in PKCS#8 form", where=where, fix=fix)
     return key
+
+
+def _belong_together(key: rsa.RSAPrivateNumbers) -> bool:
+    n, e = key.public_numbers.n, key.public_numbers.e
+    if not 1 < key.q < n or not 1 < key.p < n or key.p * key.q != n:
+        return False
+    inverse = all(key.d * e % (prime - 1) == 1 for prime in (key.p, key.q))
+    shortcuts = key.dmp1 == key.d % (key.p - 1) and key.dmq1 == key.d % (key.q - 1)
+    return inverse and shortcuts and key.iqmp * key.q % key.p == 1
 
 
 def _plain_pem(key: rsa.RSAPrivateKey) -> bytes:

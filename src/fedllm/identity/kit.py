@@ -176,9 +176,47 @@ def open_kit(site: Path, *, now: datetime.datetime | None = None) -> Kit:
     if pin is None:
         fix = "ask the coordinator for the fingerprint, then `fedllm install` the kit with `--authority`"
         raise IdentityError("AUTHORITY_UNCONFIRMED", f"there is no `{PIN_FILE}`", where=str(site), fix=fix)
-    verified = verify_files(_read_folder(folder), pin=pin, where=str(folder), now=now)
+    verified = verify_files(read_folder(folder), pin=pin, where=str(folder), now=now)
     check_key(verified, site)
     return _kit(verified, site)
+
+
+def read_folder(folder: Path) -> dict[str, bytes]:
+    """Return the files of an installed kit, by their relative paths.
+
+    Args:
+        folder: The site's `kit` folder.
+
+    Raises:
+        IdentityError: `KIT_DAMAGED`: it holds what is no plain file, or cannot be read.
+    """
+    files = {}
+    todo = [folder]
+    try:
+        for path in (path for each in todo for path in sorted(each.iterdir())):
+            name = path.relative_to(folder).as_posix()
+            if name == "roster" and path.is_dir() and not path.is_symlink():
+                todo.append(path)
+                continue
+            if path.is_symlink() or not path.is_file():
+                raise damaged("is not a plain file", str(path))
+            with path.open("rb") as file:
+                files[name] = file.read(MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise damaged(f"cannot be read: {error.strerror}", str(error.filename)) from None
+    return files
+
+
+def installed_manifest(site: Path) -> Manifest | None:
+    """Return what the kit at a site says of itself, unverified; None if there is none that can be read.
+
+    Args:
+        site: The site's folder.
+    """
+    try:
+        return Manifest.model_validate_json((site / KIT_FOLDER / MANIFEST).read_bytes())
+    except (OSError, ValueError):
+        return None
 
 
 def check_key(verified: Verified, site: Path) -> None:
@@ -323,24 +361,6 @@ def _kit(verified: Verified, site: Path) -> Kit:
         expires=min(verified.authority.not_valid_after_utc, verified.certificate.not_valid_after_utc),
         site=site,
     )
-
-
-def _read_folder(folder: Path) -> dict[str, bytes]:
-    files = {}
-    todo = [folder]
-    try:
-        for path in (path for each in todo for path in sorted(each.iterdir())):
-            name = path.relative_to(folder).as_posix()
-            if name == "roster" and path.is_dir() and not path.is_symlink():
-                todo.append(path)
-                continue
-            if path.is_symlink() or not path.is_file():
-                raise damaged("is not a plain file", str(path))
-            with path.open("rb") as file:
-                files[name] = file.read(MAX_FILE_BYTES + 1)
-    except OSError as error:
-        raise damaged(f"cannot be read: {error.strerror}", str(error.filename)) from None
-    return files
 
 
 def _roster_file(name: str) -> str:

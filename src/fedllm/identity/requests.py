@@ -27,6 +27,7 @@ class Request:
 
     name: str
     key: rsa.RSAPublicKey
+    pem: bytes
 
     @property
     def fingerprint(self) -> str:
@@ -97,7 +98,7 @@ def read_request(pem: bytes, *, where: str, name: str | None = None) -> Request:
         raise _refused("not signed by the key that it names", where)
     if not found or (name is not None and found != name):
         raise _refused(f"it is for the name `{found[:64]}`, not for `{name or '(one name)'}`", where)
-    return Request(found, key)
+    return Request(found, key, pem)
 
 
 def _refused(what: str, where: str) -> IdentityError:
