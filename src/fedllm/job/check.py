@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from fedllm.errors import ConfigError, FedllmError, PolicyError
+from fedllm.errors import ConfigError, FedllmError
 from fedllm.job.job import Job, LocatedParty
+from fedllm.job.policy import check_policy
 
 
 def check_job(job: Job, parties: list[LocatedParty], *, baseline: bool = False) -> None:
@@ -24,7 +25,7 @@ def check_job(job: Job, parties: list[LocatedParty], *, baseline: bool = False) 
     rules = RULES if baseline else (_two_parties, *RULES)
     errors: list[FedllmError] = [error for rule in rules for error in rule(job)]
     for located in parties:
-        errors += _limits(job, located)
+        errors += check_policy(job, located.party, baseline=baseline)
     if errors:
         errors[0].also = tuple(errors[1:])
         raise errors[0]
@@ -133,23 +134,3 @@ RULES: tuple[Callable[[Job], Iterator[ConfigError]], ...] = (
     _warmup_within_run,
     _files,
 )
-
-
-def _limits(job: Job, located: LocatedParty) -> Iterator[PolicyError]:
-    limits, name = located.party.limits, located.party.name
-    broken = {
-        f"scenario {job.scenario} is not in allowed_scenarios": limits.allowed_scenarios is not None
-        and job.scenario not in limits.allowed_scenarios,
-        f"num_rounds {job.federation.num_rounds} is above max_rounds {limits.max_rounds}": limits.max_rounds is not None
-        and job.federation.num_rounds > limits.max_rounds,
-        f"{len(job.parties)} parties are fewer than min_parties {limits.min_parties}": len(job.parties) > 1
-        and len(job.parties) < limits.min_parties,
-    }
-    for what, is_broken in broken.items():
-        if is_broken:
-            yield PolicyError(
-                "POLICY_REFUSED",
-                what,
-                where=f"party {name}, limits",
-                fix="change the job, or ask the site to change its own limits",
-            )

@@ -15,9 +15,27 @@ class Limits(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     allowed_scenarios: list[str] | None = Field(None, description="Scenarios that may run here.")
+    allowed_methods: list[str] | None = Field(None, description="Tuning methods (`peft_type`) that may run here.")
+    allowed_operations: list[str] | None = Field(
+        None, description="Requests that this site answers, such as Train; null: all of an allowed scenario."
+    )
     max_rounds: int | None = Field(None, ge=1, description="Most rounds of a job.")
-    min_parties: int = Field(2, ge=1, description="A job must have at least so many parties.")
+    min_parties: int = Field(
+        2, ge=1, description="A job must have at least so many parties, and in each round (its own `min_parties`)."
+    )
     max_upload_bytes_per_round: int | None = Field(None, ge=1, description="Most bytes that leave per round.")
+    max_upload_bytes: int | None = Field(None, ge=1, description="Most bytes that leave in a whole run.")
+    require_approval: bool = Field(
+        True, description="Between machines: run only jobs that a person approved here with `fedllm approve`."
+    )
+    require_secure_aggregation: bool = Field(
+        False, description="Run only jobs with secure aggregation. No job of this version has it."
+    )
+    max_epsilon: float | None = Field(
+        None,
+        gt=0,
+        description="Run only jobs with differential privacy, of this epsilon at most. No job of this version has it.",
+    )
 
 
 class Party(BaseModel):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,6 +13,7 @@ import psutil
 import torch
 
 from fedllm.job.job import Job, LocatedParty
+from fedllm.job.policy import Upload
 from fedllm.models.adapter import TunableModel
 from fedllm.runs.folder import RunFolder
 from fedllm.runtime.driver import Driver
@@ -56,7 +56,7 @@ def make_plan(job: Job, parties: list[LocatedParty], facts: Facts) -> Plan:
         parties: Its party files.
         facts: From `validate`.
     """
-    up, down, total = rehearse(job, facts)
+    traffic = rehearse(job, facts)
     site = open_site(job, parties)
     data = {located.party.name: party_tokens(site, located) for located in parties}
     probe = _probe(site, data)
@@ -66,9 +66,9 @@ def make_plan(job: Job, parties: list[LocatedParty], facts: Facts) -> Plan:
     return Plan(
         trainable_parameters=facts.skeleton.num_trainable(),
         num_rounds=job.federation.num_rounds,
-        bytes_up=up,
-        bytes_down=down,
-        total_bytes=total,
+        bytes_up=traffic.up,
+        bytes_down=traffic.down,
+        total_bytes=traffic.total,
         seconds_per_step=probe.seconds_per_step,
         seconds_total=probe.seconds_total,
         peak_memory_bytes=probe.peak_bytes + others,
@@ -105,15 +105,25 @@ class _NoTraining:
         return TrainSums(loss_nats=1234.5678901234567, tokens=12345, examples=100, steps=task.num_steps)
 
 
-def rehearse(job: Job, facts: Facts) -> tuple[dict[str, int], dict[str, int], int]:
-    """Return bytes up and down per party in a usual round, and bytes of the whole run.
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes as encoded: up and down per party in a usual round, in the whole run, and a party's most."""
+
+    up: dict[str, int]
+    down: dict[str, int]
+    total: int
+    most_up: dict[str, Upload]
+
+
+def rehearse(job: Job, facts: Facts) -> Traffic:
+    """Return what a run sends.
 
     The conversation is really held, over the real wire, with zeros in place of training; rounds beyond the first
-    few are taken to repeat them.
+    few are taken to repeat them. Nothing of the other parties is needed.
 
     Args:
         job: The job.
-        facts: From `validate`.
+        facts: From `validate`, for any of its parties.
     """
     every = max(1, getattr(job.federation, "eval_every", 1))
     rounds = min(job.federation.num_rounds, -(-_DRY_ROUNDS // every) * every)
@@ -124,16 +134,32 @@ def rehearse(job: Job, facts: Facts) -> tuple[dict[str, int], dict[str, int], in
         ledger = _talk(short, facts, run)
         run.close()
     of = partial(_bytes_of, ledger, rounds)
-    up = {party: of(party, "up") for party in job.parties}
-    down = {party: of(party, "down") for party in job.parties}
     first = sum(ledger.of_round(0).values())
     usual = sum(sum(ledger.of_round(number).values()) for number in range(1, rounds + 1)) / rounds
-    return up, down, first + round(usual * job.federation.num_rounds)
+    return Traffic(
+        up={party: of(party, "up") for party in job.parties},
+        down={party: of(party, "down") for party in job.parties},
+        total=first + round(usual * job.federation.num_rounds),
+        most_up=_most_up(job, ledger, rounds),
+    )
 
 
 def _bytes_of(ledger: ByteLedger, rounds: int, party: str, way: str) -> int:
     counts: list[int] = [ledger.of_round(number).get((party, way), 0) for number in range(1, rounds + 1)]
     return round(sum(counts) / rounds)
+
+
+def _most_up(job: Job, ledger: ByteLedger, rounds: int) -> dict[str, Upload]:
+    # Any party may be drawn in every round, and then sends what the largest sender of the rehearsal did.
+    later = max(
+        num_bytes
+        for number in range(1, rounds + 1)
+        for (_, way), num_bytes in ledger.of_round(number).items()
+        if way == "up"
+    )
+    starts = {party: ledger.of_round(0).get((party, "up"), 0) for party in job.parties}
+    total = later * job.federation.num_rounds
+    return {party: Upload(max(start, later), start + total) for party, start in starts.items()}
 
 
 def _talk(job: Job, facts: Facts, run: RunFolder) -> ByteLedger:
@@ -145,7 +171,7 @@ def _talk(job: Job, facts: Facts, run: RunFolder) -> ByteLedger:
     base = Base(None, tokenizer, facts.digests["base"], facts.digests["tokenizer"])
     digest = facts.digests["template"]
     site = Site(job, base, facts.folder, model, Blobs({}), [], digest, digest)
-    data = {party.party: TokenData([_one_example()] * 8, [], []) for party in facts.parties}
+    data = {party: TokenData([_one_example()] * 8, [], []) for party in job.parties}
     link = InProcessLink(local_hosts(site, data, run, trainer=_NoTraining()))
     line = job.table_line()
     federation = LinkedFederation(
@@ -204,7 +230,7 @@ class _Timed(SupervisedTrainer):
 
 def _extrapolate(job: Job, data: dict[str, TokenData], per_step: float, evaluation: float) -> _Probe:
     share = job.federation.fraction_train
-    steps = sum(_steps(job, tokens.train) for tokens in data.values()) * share
+    steps = sum(steps_per_round(job, len(tokens.train)) for tokens in data.values()) * share
     every = getattr(job.federation, "eval_every", 1)
     largest = max(len(tokens.held_out) + len(tokens.common) for tokens in data.values()) or 1
     examples = sum(len(tokens.held_out) for tokens in data.values()) + len(next(iter(data.values())).common)
@@ -213,8 +239,14 @@ def _extrapolate(job: Job, data: dict[str, TokenData], per_step: float, evaluati
     return _Probe(per_step, job.federation.num_rounds * per_round, peak)
 
 
-def _steps(job: Job, examples: Sequence[Any]) -> int:
+def steps_per_round(job: Job, num_examples: int) -> int:
+    """Return the optimiser steps of a party in one round.
+
+    Args:
+        job: The job.
+        num_examples: The party's training examples.
+    """
     if job.train.local_steps:
         return job.train.local_steps
-    per_step = job.train.per_device_train_batch_size * job.train.gradient_accumulation_steps
-    return (job.train.local_epochs or 1) * -(-len(examples) // per_step)
+    batches = (job.train.local_epochs or 1) * -(-num_examples // job.train.per_device_train_batch_size)
+    return -(-batches // job.train.gradient_accumulation_steps)

@@ -145,7 +145,7 @@ class _Loaded:
 def _load(job: Job, parties: list[LocatedParty], *, trainer: LocalTrainer | None, num_workers: int) -> _Loaded | None:
     if not num_workers:
         site = open_site(job, parties)
-        if refused := upload_limits(parties, site.model):
+        if refused := upload_limits(job, parties, site.model):
             raise refused[0]
         return _Loaded(site, {located.party.name: party_tokens(site, located) for located in parties}, trainer)
     if num_workers < 0:

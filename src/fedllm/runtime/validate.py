@@ -14,6 +14,7 @@ from fedllm.data.tokens import TokenReport
 from fedllm.errors import DataError, FedllmError, ModelError, PolicyError
 from fedllm.job.check import check_job
 from fedllm.job.job import Job, LocatedParty
+from fedllm.job.policy import Upload, check_upload
 from fedllm.models.adapter import TunableModel, skeleton
 from fedllm.models.digest import base_digest, tokenizer_digest
 from fedllm.models.load import check_machine, load_tokenizer
@@ -79,7 +80,7 @@ def validate(job: Job, parties: list[LocatedParty]) -> Facts:
     if job.model.base_digest not in (None, digests["base"]):
         errors.append(_foreign_base(job, folder, digests["base"]))
     if tunable:
-        errors += upload_limits(parties, tunable)
+        errors += upload_limits(job, parties, tunable)
     if errors or tunable is None:
         errors[0].also = (*errors[0].also, *errors[1:])
         raise errors[0]
@@ -122,22 +123,14 @@ def _foreign_base(job: Job, folder: Path, digest: str) -> ModelError:
     )
 
 
-def upload_limits(parties: list[LocatedParty], tunable: TunableModel) -> list[FedllmError]:
-    """Return an error per party whose own limit is below the size of an update.
+def upload_limits(job: Job, parties: list[LocatedParty], tunable: TunableModel) -> list[PolicyError]:
+    """Return an error per limit of a party that its updates alone would pass.
 
     Args:
+        job: The job.
         parties: The parties.
         tunable: The model with its adapter.
     """
     size = sum(spec.num_bytes for spec in tunable.manifest.values())
-    broken = [item for item in parties if (item.party.limits.max_upload_bytes_per_round or size) < size]
-    return [
-        PolicyError(
-            "POLICY_REFUSED",
-            f"an update has {size} bytes, above max_upload_bytes_per_round "
-            f"{item.party.limits.max_upload_bytes_per_round}",
-            where=f"party {item.party.name}, limits",
-            fix="lower `peft.r` or take fewer target modules, or ask the site to change its own limit",
-        )
-        for item in broken
-    ]
+    upload = Upload(size, size * job.federation.num_rounds)
+    return [error for located in parties for error in check_upload(upload, located.party)]
