@@ -12,6 +12,8 @@ from types import FrameType
 import typer
 
 from fedllm.cli import (
+    approve,
+    audit_log,
     compare,
     config,
     data,
@@ -20,8 +22,11 @@ from fedllm.cli import (
     evaluate,
     export,
     init,
+    install,
     plan,
+    provision,
     report,
+    request,
     resume,
     run,
     schema,
@@ -49,6 +54,11 @@ app.command("report")(report.report)
 app.command("export")(export.export)
 app.command("config")(config.config)
 app.command("schema")(schema.schema)
+app.command("request")(request.request)
+app.command("provision")(provision.provision)
+app.command("install")(install.install)
+app.command("approve")(approve.approve)
+app.add_typer(audit_log.app, name="audit-log")
 app.command("doctor")(doctor.doctor)
 
 

@@ -20,7 +20,7 @@ from fedllm.identity.kit import (
     MAX_FILE_BYTES,
     Content,
     Kit,
-    Verified,
+    Manifest,
     check_key,
     installed_manifest,
     open_kit,
@@ -145,10 +145,12 @@ def install_kit(zip_path: Path, site: Path, *, authority: str | None, name: str 
         ConfigError: `BAD_VALUE`: `authority` is no fingerprint.
         IdentityError: The kit is refused; the one that was installed stays.
     """
-    return install_files(read_kit(zip_path), site, authority=authority, name=name)
+    return install_files(read_kit(zip_path), site, authority=authority, name=name, where=str(zip_path))
 
 
-def install_files(files: Mapping[str, bytes], site: Path, *, authority: str | None, name: str | None = None) -> Kit:
+def install_files(
+    files: Mapping[str, bytes], site: Path, *, authority: str | None, name: str | None = None, where: str = KIT_FOLDER
+) -> Kit:
     """Return the kit made of these files, installed as `install_kit` does.
 
     Args:
@@ -156,6 +158,7 @@ def install_files(files: Mapping[str, bytes], site: Path, *, authority: str | No
         site: The site's folder.
         authority: The authority's fingerprint, or None.
         name: Whose kit it must be, or None.
+        where: Where the files are from, for the errors.
 
     Raises:
         ConfigError: `BAD_VALUE`: `authority` is no fingerprint.
@@ -166,12 +169,14 @@ def install_files(files: Mapping[str, bytes], site: Path, *, authority: str | No
     if pin is not None and given is not None and pin != given:
         fix = f"for a new authority on purpose move `{PIN_FILE}` away first"
         raise IdentityError("AUTHORITY_CHANGED", f"{pin} is trusted here", where=str(site / PIN_FILE), fix=fix)
-    verified = verify_files(files, pin=pin or given, where="the kit")
+    verified = verify_files(files, pin=pin or given, where=where)
     if pin is None and given is None:
         found = fingerprint(verified.authority)
         fix = f"ask the coordinator, not by the way the kit came; if it is the same, add `--authority {found}`"
-        raise IdentityError("AUTHORITY_UNCONFIRMED", f"the kit is from the authority {found}", fix=fix)
-    _check_fits(verified, site, name)
+        raise IdentityError("AUTHORITY_UNCONFIRMED", f"the kit is from the authority {found}", where=where, fix=fix)
+    if name is not None and verified.manifest.name != name:
+        raise _refused(f"it is the kit of `{verified.manifest.name}`, not of `{name}`", where)
+    _check_newer(verified.manifest, site, where)
     check_key(verified, site)
     make_private(site)
     if pin is None:
@@ -180,18 +185,15 @@ def install_files(files: Mapping[str, bytes], site: Path, *, authority: str | No
     return open_kit(site)
 
 
-def _check_fits(verified: Verified, site: Path, name: str | None) -> None:
-    manifest = verified.manifest
-    if name is not None and manifest.name != name:
-        raise _refused(f"it is the kit of `{manifest.name}`, not of `{name}`", "the kit")
+def _check_newer(manifest: Manifest, site: Path, where: str) -> None:
     if (installed := installed_manifest(site)) is None:
         return
     if installed.project != manifest.project:
-        raise _refused(f"it is of the project `{manifest.project}`, and `{installed.project}` is installed", "the kit")
+        raise _refused(f"it is of the project `{manifest.project}`, and `{installed.project}` is installed", where)
     if installed.issued > manifest.issued:
         # An older roster may hold a party that was since put off it.
         dates = f"{manifest.issued:%Y-%m-%d %H:%M:%S}, and one of {installed.issued:%Y-%m-%d %H:%M:%S} is installed"
-        raise _refused(f"it is of {dates}", "the kit")
+        raise _refused(f"it is of {dates}", where)
 
 
 def _put_in_place(files: Mapping[str, bytes], site: Path) -> None:
