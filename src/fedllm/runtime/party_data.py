@@ -41,13 +41,13 @@ def check_data_unchanged(run: RunFolder, party: str, tokens: TokenData) -> None:
         )
 
 
-def party_facts(run: RunFolder, party: str) -> dict[str, str | int]:
-    """Return a party's name and numbers of examples, as far as they are on this machine.
+def party_facts(run: RunFolder, party: str) -> dict[str, str | int | None]:
+    """Return a party's name and numbers of examples; None for those of a party at another machine.
 
     Args:
         run: The run folder.
         party: The party.
     """
-    facts = json.loads((run.path / "parties" / party / "data.json").read_text(encoding="utf-8"))
-    counts = {name: facts[name] for name in ("train_examples", "held_out_examples")}
-    return {"party": party, **counts}
+    path = run.path / "parties" / party / "data.json"
+    facts = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return {"party": party, **{name: facts.get(name) for name in ("train_examples", "held_out_examples")}}

@@ -1,0 +1,195 @@
+"""What NVIDIA FLARE's processes read when they start: made anew at each start from the site's verified kit.
+
+FLARE is used below its machine-learning layer: mutual TLS, the processes of a job at each site, who may submit one.
+No code travels: a job is configuration, and only classes under this folder may be named in it.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+from typing import Any, Protocol
+
+from fedllm.runs.jsonl import write_json
+
+# FLARE loads a class by its path from a job's config only if the path begins with one of these.
+CLASS_ALLOW_LIST = ["fedllm.runtime.flare."]
+ADMIN = "admin@fedllm.org"
+_ORG = "fedllm"
+_COMMON = {"format_version": 2, "class_list_enforcement_mode": "enforce", "class_allow_list": CLASS_ALLOW_LIST}
+
+
+class Identity(Protocol):
+    """What of a kit FLARE needs."""
+
+    @property
+    def project(self) -> str: ...  # noqa: D102
+    @property
+    def name(self) -> str: ...  # noqa: D102
+    @property
+    def kind(self) -> str: ...  # noqa: D102
+    @property
+    def host(self) -> str: ...  # noqa: D102
+    @property
+    def port(self) -> int: ...  # noqa: D102
+    @property
+    def ca(self) -> Path: ...  # noqa: D102
+    @property
+    def certificate(self) -> Path: ...  # noqa: D102
+    @property
+    def key(self) -> Path: ...  # noqa: D102
+
+
+def write_workspace(kit: Identity, root: Path) -> list[str]:
+    """Write FLARE's start-up files and return the command that starts its process.
+
+    Args:
+        kit: Who this site is, and where the server listens.
+        root: The workspace; what an earlier start left in `startup` and `local` is replaced.
+    """
+    for name in ("startup", "local"):
+        shutil.rmtree(root / name, ignore_errors=True)
+        (root / name).mkdir(parents=True)
+    (root / "transfer").mkdir(exist_ok=True)
+    # A job's signature is checked against the authority under this name.
+    (root / "startup" / "rootCA.pem").write_bytes(kit.ca.read_bytes())
+    write_json(root / "local" / "log_config.json", _logs(root.parent / "log.txt"))
+    write_json(root / "local" / "authorization.json", _permissions())
+    write_json(root / "local" / "comm_config.json", {"max_message_size": 64 * 2**20, "allow_adhoc_conns": False})
+    if kit.kind == "server":
+        return _server(kit, root)
+    if kit.kind == "admin":
+        write_json(root / "startup" / "fed_admin.json", {"format_version": 1, "admin": _admin(kit)})
+        return []
+    return _client(kit, root)
+
+
+def _server(kit: Identity, root: Path) -> list[str]:
+    server = _project(kit) | {
+        "admin_server": kit.host,
+        "admin_port": kit.port,
+        "ssl_private_key": str(kit.key),
+        "ssl_cert": str(kit.certificate),
+        "ssl_root_cert": str(kit.ca),
+        "connection_security": "mtls",
+    }
+    write_json(root / "startup" / "fed_server.json", {"format_version": 2, "servers": [server]})
+    write_json(root / "local" / "resources.json", _server_resources(root))
+    module = "nvflare.private.fed.app.server.server_train"
+    return [sys.executable, "-u", "-m", module, "-m", str(root), "-s", "fed_server.json", *_options("")]
+
+
+def _client(kit: Identity, root: Path) -> list[str]:
+    client = {
+        "ssl_private_key": str(kit.key),
+        "ssl_cert": str(kit.certificate),
+        "ssl_root_cert": str(kit.ca),
+        "fqsn": kit.name,
+        "is_leaf": True,
+        "connection_security": "mtls",
+    }
+    servers = [_project(kit) | {"identity": "server"}]
+    write_json(root / "startup" / "fed_client.json", {"format_version": 2, "servers": servers, "client": client})
+    write_json(root / "local" / "resources.json", _client_resources())
+    module = "nvflare.private.fed.app.client.client_train"
+    return [sys.executable, "-u", "-m", module, "-m", str(root), "-s", "fed_client.json", *_options(kit.name)]
+
+
+def _options(uid: str) -> list[str]:
+    named = [f"uid={uid}"] if uid else []
+    return ["--set", "secure_train=true", *named, f"org={_ORG}", "config_folder=config"]
+
+
+def _project(kit: Identity) -> dict[str, Any]:
+    return {"name": kit.project, "service": {"target": f"{kit.host}:{kit.port}", "scheme": "tcp"}}
+
+
+def _admin(kit: Identity) -> dict[str, Any]:
+    return {
+        "project_name": kit.project,
+        "username": ADMIN,
+        "server_identity": "server",
+        "scheme": "tcp",
+        "host": kit.host,
+        "port": kit.port,
+        "connection_security": "mtls",
+        "uid_source": "user_input",
+        "with_file_transfer": True,
+        "upload_dir": "transfer",
+        "download_dir": "transfer",
+        "client_key": str(kit.key),
+        "client_cert": str(kit.certificate),
+        "ca_cert": str(kit.ca),
+    }
+
+
+def _component(name: str, path: str, **args: Any) -> dict[str, Any]:
+    return {"id": name, "path": f"nvflare.{path}", "args": args}
+
+
+def _server_resources(root: Path) -> dict[str, Any]:
+    store = {"path": "nvflare.app_common.storages.filesystem_storage.FilesystemStorage"}
+    # FLARE's default is one folder under the system's temporary folder for all servers of a machine.
+    snapshots = store | {"args": {"root_dir": str(root / "snapshots"), "uri_root": "/"}}
+    persistor = "nvflare.app_common.state_persistors.storage_state_persistor.StorageStatePersistor"
+    return _COMMON | {
+        "servers": [{"admin_storage": "transfer", "max_num_clients": 1000, "heart_beat_timeout": 30}],
+        "snapshot_persistor": {"path": persistor, "args": {"uri_root": "/", "storage": snapshots}},
+        "components": [
+            _component(
+                "job_scheduler",
+                "app_common.job_schedulers.job_scheduler.DefaultJobScheduler",
+                max_jobs=4,
+                min_schedule_interval=1.0,
+                max_schedule_interval=5.0,
+            ),
+            _component(
+                "job_manager",
+                "apis.impl.job_def_manager.SimpleJobDefManager",
+                uri_root=str(root / "jobs"),
+                job_store_id="job_store",
+            ),
+            _component("job_store", "app_common.storages.filesystem_storage.FilesystemStorage"),
+            _component("launcher", "app_common.job_launcher.server_process_launcher.ServerProcessJobLauncher"),
+        ],
+    }
+
+
+def _client_resources() -> dict[str, Any]:
+    no_gpus = {"num_of_gpus": 0, "mem_per_gpu_in_GiB": 0}
+    return _COMMON | {
+        "allow_log_streaming": False,
+        "client": {"retry_timeout": 30, "compression": "None"},
+        "components": [
+            _component(
+                "resource_manager", "app_common.resource_managers.gpu_resource_manager.GPUResourceManager", **no_gpus
+            ),
+            _component("resource_consumer", "app_common.resource_consumers.gpu_resource_consumer.GPUResourceConsumer"),
+            _component("launcher", "app_common.job_launcher.client_process_launcher.ClientProcessJobLauncher"),
+        ],
+    }
+
+
+def _permissions() -> dict[str, Any]:
+    # The coordinator starts and stops jobs. Nobody brings code, and nobody gets a shell.
+    never = dict.fromkeys(("byoc", "shell_commands", "server-predeployed-flwr", "clone_job", "download_job"), "none")
+    allowed = dict.fromkeys(("submit_job", "manage_job", "view", "operate"), "any")
+    nothing = dict.fromkeys([*never, *allowed], "none")
+    roles = {"org_admin": nothing, "lead": nothing, "member": nothing}
+    return {"format_version": "1.0", "permissions": {"project_admin": never | allowed, **roles}}
+
+
+def _logs(file: Path) -> dict[str, Any]:
+    # One file for the parent and the processes of its jobs, whose own folders FLARE packs away when they end.
+    handler = {"class": "logging.FileHandler", "level": "INFO", "formatter": "plain", "filename": str(file)}
+    return {
+        "version": 1,
+        "disable_existing_loggers": False,
+        "formatters": {"plain": {"format": "%(asctime)s %(process)d %(levelname)s %(name)s: %(message)s"}},
+        "handlers": {"file": handler},
+        "loggers": {
+            "root": {"level": "WARNING", "handlers": ["file"]},
+            "fedllm": {"level": "INFO", "handlers": ["file"], "propagate": False},
+        },
+    }
