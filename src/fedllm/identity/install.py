@@ -32,7 +32,9 @@ from fedllm.identity.signing import fingerprint
 
 _MEMBER = re.compile(r"kit\.json|kit\.sig|ca\.pem|cert\.pem|roster/[a-z0-9][a-z0-9_-]{0,31}\.pem")
 _MAX_MEMBERS = 2000
-_MAX_BYTES = 2**24
+# A kit for a thousand parties is below half of each.
+_MAX_BYTES = 2**22
+_MAX_UNPACKED = 2**23
 _MAX_RATIO = 100
 _DIGEST = re.compile(r"(sha256:)?([0-9a-f]{64})")
 
@@ -92,8 +94,8 @@ def _check_members(members: list[zipfile.ZipInfo], where: str) -> None:
     names = [member.filename.casefold() for member in members]
     if len(members) > _MAX_MEMBERS or len(set(names)) < len(names):
         raise _refused("too many files, or two with the same name", where)
-    if sum(member.file_size for member in members) > _MAX_BYTES:
-        raise _refused(f"more than {_MAX_BYTES} bytes when unpacked", where)
+    if sum(member.file_size for member in members) > _MAX_UNPACKED:
+        raise _refused(f"more than {_MAX_UNPACKED} bytes when unpacked", where)
     for member in members:
         # The name as it stands in the archive, before the library cuts it at a null byte.
         if not _MEMBER.fullmatch(member.orig_filename):
