@@ -372,7 +372,7 @@ except ResourceError as error:
 def test_a_log_that_cannot_be_opened_fails_closed(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ResourceError, match="DISK_FULL"):
-        AuditLog.open(tmp_path / "file" / "audit.jsonl", actor="north")
+        AuditLog.open(tmp_path / "file" / "audit.jsonl", actor="north").append("run_joined")
 
 
 # A torn tail

@@ -14,13 +14,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal, TypedDict, Unpack
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedllm.errors import ConfigError, ResourceError, StateLost
-from fedllm.runs.folder import now
 from fedllm.runs.jsonl import sync_folder
 
 # Event -> when it is written. docs/how-to/audit-log.md has a line for each, held by a test.
@@ -38,6 +38,8 @@ EVENTS: dict[str, str] = {
     "tail_repaired": "A line that a crash left half-written was taken off; `digest` and `num_bytes` of that piece.",
 }
 
+# Its name in a site's folder.
+AUDIT_FILE = "audit.jsonl"
 _NAME = r"^[a-z0-9][a-z0-9_-]{0,63}$"
 _SHA256 = r"^[0-9a-f]{64}$"
 _TAIL_BYTES = 2**16
@@ -135,7 +137,7 @@ class AuditLog:
 
     @classmethod
     def open(cls, path: Path, *, actor: str) -> AuditLog:
-        """Return a log, its last lines checked and a half-written last line taken off. It is made if absent.
+        """Return a log, its last lines checked and a half-written last line taken off. The first append makes it.
 
         Args:
             path: The file.
@@ -146,13 +148,14 @@ class AuditLog:
             ResourceError: `DISK_FULL` or `AUDIT_LOCKED`.
         """
         log = cls(path, actor=actor)
-        with log._locked() as handle:
-            log._catch_up(handle)
+        _ = log.head
         return log
 
     @property
     def head(self) -> Head:
         """The newest line, whichever process wrote it; number -1 where there is none."""
+        if not self._end and not self.path.exists():
+            return EMPTY
         with self._locked() as handle:
             self._catch_up(handle)
             return self._head
@@ -249,7 +252,7 @@ class AuditLog:
         if event not in EVENTS:
             raise KeyError(f"{event} is not in audit_log.EVENTS")
         fields: dict[str, object] = dict.fromkeys(Facts.__annotations__)
-        fields |= facts | {"n": self._head.n + 1, "time": now(), "actor": self.actor, "event": event}
+        fields |= facts | {"n": self._head.n + 1, "time": _now(), "actor": self.actor, "event": event}
         draft = Entry.model_validate(fields | {"previous": self._head.hash, "hash": EMPTY.hash})
         return draft.model_copy(update={"hash": draft.seal()})
 
@@ -286,6 +289,11 @@ def _line_start(handle: int, size: int) -> int:
     """Return where a line begins that is at most 64 KiB before the end."""
     start = max(0, size - _TAIL_BYTES)
     return start and start + os.pread(handle, _TAIL_BYTES, start).find(b"\n") + 1
+
+
+def _now() -> str:
+    # Not from `runs/folder.py`, which loads torch: a supervisor and the command line do without.
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
 def _write(handle: int, data: bytes, offset: int) -> None:
