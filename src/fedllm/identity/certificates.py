@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import datetime
+import warnings
 from dataclasses import dataclass
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
+from cryptography.utils import CryptographyDeprecationWarning
 from cryptography.x509.oid import NameOID
 
 from fedllm.errors import IdentityError
 from fedllm.identity.keys import check_public_key
 
+# What the library raises for certificates and requests that are broken or unusual.
+UNREADABLE = (
+    ValueError,
+    TypeError,
+    UnsupportedAlgorithm,
+    x509.InvalidVersion,
+    x509.DuplicateExtension,
+    x509.UnsupportedGeneralNameType,
+    CryptographyDeprecationWarning,
+)
 _PEM_START = b"-----BEGIN CERTIFICATE-----"
 _HASHES = (hashes.SHA256, hashes.SHA384, hashes.SHA512)
 _NEWEST_KIT = "ask the coordinator for a new kit (`fedllm provision` there), then `fedllm install`"
@@ -39,9 +51,20 @@ def read_certificate(pem: bytes, *, where: str) -> x509.Certificate:
     if pem.count(_PEM_START) != 1:
         raise _refused(f"holds {pem.count(_PEM_START)} certificates instead of one", where)
     try:
-        return x509.load_pem_x509_certificate(pem)
-    except ValueError:
+        with warnings.catch_warnings():
+            # What the library only warns of, such as a serial number that is not positive, is refused.
+            warnings.simplefilter("error")
+            return _parsed(pem)
+    except UNREADABLE:
         raise _refused("not a certificate in PEM form", where) from None
+
+
+def _parsed(pem: bytes) -> x509.Certificate:
+    certificate = x509.load_pem_x509_certificate(pem)
+    # The library reads these parts when they are first asked for; a broken one is to be found here, not later.
+    _ = certificate.public_key(), certificate.subject, certificate.issuer, certificate.extensions
+    _ = certificate.signature_hash_algorithm, certificate.not_valid_before_utc, certificate.not_valid_after_utc
+    return certificate
 
 
 def common_name(subject: x509.Name) -> str:
@@ -69,7 +92,7 @@ def check_holder(certificate: x509.Certificate, holder: Holder, *, where: str) -
         raise _refused("signed with a hash that is no longer safe", where)
     try:
         certificate.verify_directly_issued_by(holder.authority)
-    except (ValueError, TypeError, InvalidSignature):
+    except (*UNREADABLE, InvalidSignature):
         own = certificate.issuer == certificate.subject
         raise _refused("it vouches for itself" if own else "not issued by the project's authority", where) from None
     if (name := common_name(certificate.subject)) != holder.name:
@@ -92,7 +115,7 @@ def check_authority(certificate: x509.Certificate, *, where: str) -> None:
     check_public_key(certificate.public_key(), where=where)
     try:
         certificate.verify_directly_issued_by(certificate)
-    except (ValueError, TypeError, InvalidSignature):
+    except (*UNREADABLE, InvalidSignature):
         raise _refused("not signed by its own key", where) from None
     if not _is_authority(certificate):
         raise _refused("not the certificate of an authority", where)
@@ -124,7 +147,7 @@ def check_dates(certificate: x509.Certificate, *, where: str, now: datetime.date
 def _is_authority(certificate: x509.Certificate) -> bool:
     try:
         return certificate.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
-    except (x509.ExtensionNotFound, x509.DuplicateExtension, ValueError):
+    except x509.ExtensionNotFound:
         return False
 
 

@@ -99,11 +99,11 @@ def load_key(path: Path) -> rsa.RSAPrivateKey:
         raise IdentityError("BAD_KEY", "not a private key in plain PEM form", where=where, fix=fix) from None
     if not isinstance(key, rsa.RSAPrivateKey):
         raise IdentityError("BAD_KEY", "not an RSA key", where=where, fix=_NEW_KEY)
-    check_public_key(key.public_key(), where=where)
     # One key has one spelling: so a change of any bit of the file is seen, also one that a lenient reader passes over.
     if not _belong_together(key.private_numbers()) or pem != _plain_pem(key):
         fix = f"restore it, or rewrite a key of your own: `openssl pkcs8 -topk8 -nocrypt -in {path} -out NEW.pem`"
         raise IdentityError("BAD_KEY", "changed, or not in PKCS#8 form", where=where, fix=fix)
+    check_public_key(key.public_key(), where=where)
     return key
 
 

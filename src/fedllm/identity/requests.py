@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.x509.oid import NameOID
 
 from fedllm.errors import IdentityError
-from fedllm.identity.certificates import common_name
+from fedllm.identity.certificates import UNREADABLE, common_name
 from fedllm.identity.files import KEY_FILE, REQUEST_FILE, make_private, write_whole
 from fedllm.identity.keys import check_public_key, key_fingerprint, load_key, new_key, save_key
 
@@ -90,11 +89,11 @@ def read_request(pem: bytes, *, where: str, name: str | None = None) -> Request:
     try:
         request = x509.load_pem_x509_csr(pem)
         key = check_public_key(request.public_key(), where=where)
-        signed = request.is_signature_valid
+        signed = request.is_signature_valid and isinstance(request.signature_hash_algorithm, _HASHES)
         found = common_name(request.subject)
-    except (ValueError, TypeError, UnsupportedAlgorithm, InvalidSignature):
+    except UNREADABLE:
         raise _refused("a certificate request that cannot be read", where) from None
-    if not signed or not isinstance(request.signature_hash_algorithm, _HASHES):
+    if not signed:
         raise _refused("not signed by the key that it names", where)
     if not found or (name is not None and found != name):
         raise _refused(f"it is for the name `{found[:64]}`, not for `{name or '(one name)'}`", where)
