@@ -158,6 +158,13 @@ def test_an_approval_signed_by_another_key_or_for_another_purpose_is_refused(tmp
     assert "BAD_SIGNATURE" in refused(folder=tmp_path)
 
 
+def test_an_approval_notes_where_the_paths_of_the_job_begin(tmp_path: Path) -> None:
+    path = approved(tmp_path, JOB.located(tmp_path / "jobs"))
+    assert check(folder=tmp_path).base_dir == str(tmp_path / "jobs")
+    rewrite(path, base_dir="/elsewhere")
+    assert "BAD_SIGNATURE" in refused(folder=tmp_path)
+
+
 def test_an_approval_of_another_site_or_project_is_refused(tmp_path: Path) -> None:
     south = Party.model_validate(PARTY | {"name": "south"})
     approved(tmp_path)

@@ -53,6 +53,7 @@ class Approval(BaseModel):
     project: str = Field(pattern=NAME_PATTERN)
     party: str = Field(pattern=NAME_PATTERN)
     limits_digest: str = Field(pattern=_DIGEST)
+    base_dir: str = Field(max_length=4096, description="Where the job's relative paths begin at this site.")
     approved_at: str = Field(pattern=r"^[0-9T:.+-]{19,40}$")
     signature: str = Field(pattern=r"^([0-9a-f]{2}){1,2048}$")
 
@@ -93,6 +94,7 @@ def approve(job: Job, party: Party, *, signer: Signs, folder: Path, project: str
         project=project,
         party=party.name,
         limits_digest=limits_digest(party),
+        base_dir=str(job.base_dir),
         approved_at=datetime.now(UTC).isoformat(timespec="seconds"),
         signature="00",
     )
