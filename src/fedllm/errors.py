@@ -82,6 +82,8 @@ CODES: dict[str, str] = {
     "AUDIT_LOCKED": "Another process holds a site's audit log for too long.",
     "UNEXPECTED": "A fault of fedllm itself; please report it.",
     "INTERRUPTED": "The run was stopped by a signal; it can be resumed.",
+    "PARTY_LOST": "A party's process gives no sign of life; the run is tried again once it is back.",
+    "NO_PROGRESS": "Several attempts in a row brought a run between machines no further.",
 }
 
 

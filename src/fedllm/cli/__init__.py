@@ -23,6 +23,7 @@ from fedllm.cli import (
     export,
     init,
     install,
+    join,
     plan,
     provision,
     report,
@@ -30,6 +31,10 @@ from fedllm.cli import (
     resume,
     run,
     schema,
+    serve,
+    status,
+    submit,
+    up,
     validate,
 )
 from fedllm.cli.output import print_error
@@ -59,6 +64,14 @@ app.command("provision")(provision.provision)
 app.command("install")(install.install)
 app.command("approve")(approve.approve)
 app.add_typer(audit_log.app, name="audit-log")
+app.command("up")(up.up)
+app.command("serve")(serve.serve)
+app.command("join")(join.join)
+app.command("submit")(submit.submit)
+app.command("status")(status.status)
+app.command("logs")(status.logs)
+app.command("pause")(status.pause)
+app.command("stop")(status.stop)
 app.command("doctor")(doctor.doctor)
 
 

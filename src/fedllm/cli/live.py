@@ -36,10 +36,10 @@ def live_view(*, quiet: bool = False) -> Iterator[Watch]:
         yield Watch()
     elif sys.stderr.isatty():
         with _Bars() as bars:
-            yield Watch(bars.on_round, bars.on_party, bars.on_step, bars.on_stage)
+            yield Watch(bars.on_round, bars.on_party, bars.on_step, bars.on_stage, bars.on_wait)
     else:
         lines = _Lines()
-        yield Watch(on_round=lines.on_round, on_stage=lines.on_stage)
+        yield Watch(on_round=lines.on_round, on_stage=lines.on_stage, on_wait=lines.on_wait)
 
 
 def losses(rows: list[Row]) -> str:
@@ -67,6 +67,10 @@ class _Lines:
     def on_round(self, number: int, rows: list[Row]) -> None:
         spent = time.monotonic() - self._started
         sys.stderr.write(f"{self._stage}: round {number}/{self._num_rounds}, loss {losses(rows)}, {spent:.0f} s\n")
+        sys.stderr.flush()
+
+    def on_wait(self, line: str) -> None:
+        sys.stderr.write(f"{self._stage}: {line}\n")
         sys.stderr.flush()
 
 
@@ -114,12 +118,19 @@ class _Bars:
         if self._stage is not None:
             self._rounds.update(self._stage, completed=number, note=f"loss {losses(rows)}")
 
+    def on_wait(self, line: str) -> None:
+        if self._stage is not None:
+            self._rounds.update(self._stage, note=line)
+
     def on_party(self, event: str, party: str, round_: int) -> None:
-        if party not in self._of:
-            self._of[party] = self._parties.add_task(party, total=1, state="")
+        self._show_party(party)
         done = event == "answered"
         self._parties.update(self._of[party], completed=float(done), total=1, state="done" if done else "asked")
 
+    def _show_party(self, party: str) -> None:
+        if party not in self._of:
+            self._of[party] = self._parties.add_task(party, total=1, state="")
+
     def on_step(self, party: str, step: int, num_steps: int) -> None:
-        if party in self._of:
-            self._parties.update(self._of[party], completed=step, total=num_steps, state=f"step {step}/{num_steps}")
+        self._show_party(party)
+        self._parties.update(self._of[party], completed=step, total=num_steps, state=f"step {step}/{num_steps}")

@@ -19,6 +19,9 @@ from fedllm.wire.payload import Failure, Payload
 # Keys of the saved fields that belong to the driver, not to the scenario.
 _TRAINED, _ROWS = "driver/trained", "driver/rows"
 
+# What a party may refuse for that is no fault of the job.
+_CURABLE = {"NOT_APPROVED", "DISK_FULL", "ROUND_TIMEOUT", "DATA_NOT_FOUND", "MODEL_NOT_FOUND"}
+
 OnRound = Callable[[int, list[Row]], None]
 
 
@@ -175,7 +178,10 @@ def _expected(party: str, payload: Payload, cls: type[Any]) -> Any:
 
 
 def _party_error(party: str, code: str) -> FedllmError:
-    return RunFailed(code, "the party cannot take part", where=f"party {party}", fix="see the party's own log")
+    # A person at the site can cure these; the run waits for that.
+    error = RunPaused if code in _CURABLE else RunFailed
+    fix = "see the party's own log; then `fedllm resume RUN`"
+    return error(code, "the party cannot take part", where=f"party {party}", fix=fix)
 
 
 def _common_round(ready: dict[str, Ready], rounds: list[int]) -> int:

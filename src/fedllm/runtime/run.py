@@ -15,6 +15,7 @@ from fedllm.job.check import check_job
 from fedllm.job.job import Job, LocatedParty, load_parties
 from fedllm.models.adapter import save_adapter
 from fedllm.models.digest import file_digest
+from fedllm.models.load import find_base
 from fedllm.runs.card import model_card
 from fedllm.runs.folder import RunFolder, check_free, run_identity
 from fedllm.runs.jsonl import Row, disk_error, read_rows, write_atomic, write_json
@@ -40,13 +41,14 @@ class Watch:
     """Callbacks for a live view.
 
     `on_stage(name, num_rounds)`, `on_round(number, rows)`, `on_party("asked" or "answered", party, round)`, and
-    `on_step(party, step, num_steps)` where the party is in this process.
+    `on_step(party, step, num_steps)` where its steps are known here, and `on_wait(line)` while nothing can begin.
     """
 
     on_round: Callable[[int, list[Row]], None] = lambda number, rows: None
     on_party: Callable[[str, str, int], None] = lambda event, party, round_: None
     on_step: Callable[[str, int, int], None] = lambda party, step, num_steps: None
     on_stage: Callable[[str, int], None] = lambda stage, num_rounds: None
+    on_wait: Callable[[str], None] = lambda line: None
 
 
 @dataclass(frozen=True)
@@ -264,40 +266,40 @@ def concluding(run: RunFolder) -> Iterator[None]:
     except FedllmError as error:
         error.fix = error.fix.replace("fedllm resume RUN", f"fedllm resume {run.path}")
         paused = isinstance(error, RunPaused | ResourceError)
-        _conclude(run, "PAUSED" if paused else "FAILED", f"{error.what} [{error.code}]", code=error.code)
+        conclude(run, "PAUSED" if paused else "FAILED", f"{error.what} [{error.code}]", code=error.code)
         raise
     except Exception as error:
-        _conclude(run, "FAILED", f"An unexpected {type(error).__name__}: a fault of fedllm.", code="UNEXPECTED")
+        conclude(run, "FAILED", f"An unexpected {type(error).__name__}: a fault of fedllm.", code="UNEXPECTED")
         raise
     except BaseException as stop:
         # KeyboardInterrupt, and what the command line raises for a signal.
-        _conclude(run, "PAUSED", "It was interrupted.", code="INTERRUPTED")
+        conclude(run, "PAUSED", "It was interrupted.", code="INTERRUPTED")
         stop.add_note(f"paused; go on with: fedllm resume {run.path}")
         raise
 
 
-def _conclude(run: RunFolder, status: str, reason: str, *, code: str) -> None:
+def conclude(run: RunFolder, status: str, reason: str, *, code: str) -> None:
+    """Write a verdict and the report that goes with it.
+
+    Args:
+        run: The run folder.
+        status: `PAUSED` or `FAILED`.
+        reason: One sentence.
+        code: A stable code.
+    """
     event = {"PAUSED": "run_paused", "FAILED": "run_failed"}[status]
     # A full disk may be why the run stops: the error that says so must get through.
     with suppress(ResourceError):
         run.event(event, code=code, detail=reason)
-        rounds = run.last_commit() or 0
-        again = f"fedllm resume {run.path}"
-        write_json(run.path / "result.json", _result(status, reason, again, rounds, None, None))
+        result = RunResult(run.path, status, run.last_commit() or 0, None, None)
+        _write_result(run, result, code=code, reason=reason, again=f"fedllm resume {run.path}")
         write_report(run.path)
 
 
-def _result(
-    status: str, reason: str, again: str, rounds: int, best: int | None, sha256: str | None
-) -> dict[str, str | int | None]:
-    return {
-        "status": status,
-        "reason": reason,
-        "next": again,
-        "rounds": rounds,
-        "best_round": best,
-        "adapter_sha256": sha256,
-    }
+def _write_result(run: RunFolder, result: RunResult, *, code: str | None, reason: str, again: str) -> None:
+    facts = {"status": result.status, "code": code, "reason": reason, "next": again, "rounds": result.rounds}
+    facts |= {"best_round": result.best_round, "adapter_sha256": result.adapter_sha256}
+    write_json(run.path / "result.json", facts)
 
 
 def finish(run: RunFolder, job: Job, parties: list[LocatedParty], outcome: Outcome) -> RunResult:
@@ -317,10 +319,10 @@ def finish(run: RunFolder, job: Job, parties: list[LocatedParty], outcome: Outco
     reason = f"All {outcome.state.round} rounds were committed"
     reason += f"; {', '.join(failed)} missed at least one." if failed else " with every party asked."
     run.event("run_finished", detail=status)
-    again = f"fedllm eval {run.path}"
-    write_json(run.path / "result.json", _result(status, reason, again, outcome.state.round, best, sha256))
+    result = RunResult(run.path, status, outcome.state.round, best, sha256)
+    _write_result(run, result, code=None, reason=reason, again=f"fedllm eval {run.path}")
     write_pages(run.path)
-    return RunResult(run.path, status, outcome.state.round, best, sha256)
+    return result
 
 
 def write_pages(path: Path) -> None:
@@ -336,7 +338,8 @@ def write_pages(path: Path) -> None:
 def _deliver(run: RunFolder, job: Job, parties: list[LocatedParty], tensors: Tensors) -> str:
     folder, draft = run.path / "adapter", run.path / "adapter.tmp"
     shutil.rmtree(draft, ignore_errors=True)
-    base, _ = base_folder(job, parties)
+    # A coordinator has no party on its machine; of the base model it needs the config alone.
+    base = base_folder(job, parties)[0] if parties else find_base(job.model, base_dir=job.base_dir)
     try:
         save_adapter(tensors, folder=draft, base=base, peft=job.peft, name=job.model.model_name_or_path)
         shutil.rmtree(folder, ignore_errors=True)

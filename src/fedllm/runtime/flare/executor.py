@@ -55,7 +55,7 @@ class PartyExecutor(Executor):
         self._channel = Channel(fl_ctx.get_engine().get_cell(), {"server": f"server.{fl_ctx.get_job_id()}"})
         self._channel.serve(Topic.POST, self._on_post)
         threading.Thread(target=self._beat, daemon=True).start()
-        threading.Thread(target=self._serve, args=(site, fl_ctx.get_identity_name()), daemon=True).start()
+        threading.Thread(target=self._serve, args=(site,), daemon=True).start()
 
     def _on_post(self, _: str, body: bytes) -> bytes:
         self._posts.put(bytes(body))
@@ -68,11 +68,11 @@ class PartyExecutor(Executor):
     def _say(self, stage: str, step: int = 0, num_steps: int = 0) -> None:
         self._said = {"stage": stage, "step": step, "num_steps": num_steps}
 
-    def _serve(self, site: Path, party: str) -> None:
+    def _serve(self, site: Path) -> None:
         from fedllm.runtime.flare.party import open_party
 
         self._say("loading")
-        host = open_party(site, party, self._job, self._run_id, lambda step, of: self._say("training", step, of))
+        host = open_party(site, self._job, self._run_id, lambda step, of: self._say("training", step, of))
         self._say("ready")
         while not self._stop.is_set():
             body = self._posts.get()

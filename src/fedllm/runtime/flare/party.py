@@ -2,38 +2,94 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+from pydantic import ValidationError
+
+from fedllm.errors import ConfigError, FedllmError, PolicyError
+from fedllm.identity.kit import open_kit
+from fedllm.job.approval import admit
 from fedllm.job.job import Job, LocatedParty
 from fedllm.job.loading import load_model
 from fedllm.job.party import Party
+from fedllm.runs.control import read_object
 from fedllm.runs.folder import attach
-from fedllm.runtime.host import PartyHost
 from fedllm.runtime.run import Watch, local_hosts
 from fedllm.runtime.site import open_site, party_tokens
+from fedllm.wire.frame import encode, from_bytes, to_bytes
+from fedllm.wire.payload import Failure
+
+_log = logging.getLogger("fedllm.party")
 
 
-def open_party(
-    site: Path, party: str, asked: dict[str, Any], run_id: str, on_step: Callable[[int, int], None]
-) -> PartyHost:
-    """Return a party of a run, loaded and ready to answer.
+class Answers(Protocol):
+    """A party of a run, or what stands for one that will not take part."""
+
+    def handle(self, data: bytes, *, timeout_s: float) -> bytes:
+        """Return the answer to one message."""
+        ...
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A party that does not take part; it says so, with a code, to whatever is asked."""
+
+    code: str
+
+    def handle(self, data: bytes, *, timeout_s: float) -> bytes:
+        """Return the refusal as the answer to a message.
+
+        Args:
+            data: The message.
+            timeout_s: Time to answer, in seconds.
+        """
+        envelope = from_bytes(data, max_bytes=len(data)).envelope
+        return to_bytes(encode(Failure(code=self.code), envelope.reply()))
+
+
+def open_party(site: Path, asked: dict[str, Any], run_id: str, on_step: Callable[[int, int], None]) -> Answers:
+    """Return this site's party of a run, loaded and ready to answer, or its refusal.
 
     Args:
         site: Its site folder.
-        party: Its name.
-        asked: The job as it came.
+        asked: The job as it came; nothing of it is believed before it is checked.
         run_id: The run.
         on_step: Called after each optimiser step.
     """
-    job = Job.model_validate(asked)
-    file = Path((site / "party.txt").read_text())
-    base = Path((site / "base.txt").read_text())
-    found, _ = load_model(Party, file, overrides=[])
-    located = LocatedParty(party=found, base_dir=file.resolve().parent)
-    job = job.located(base)
+    try:
+        return _opened(site, asked, run_id, on_step)
+    except FedllmError as error:
+        _log.error("the job is refused: %s", error)
+        return Refusal(error.code)
+    except Exception:  # noqa: BLE001  (the party's boundary: no exception text crosses it)
+        _log.exception("the party could not be opened")
+        return Refusal("PARTY_FAILED")
+
+
+def _opened(site: Path, asked: dict[str, Any], run_id: str, on_step: Callable[[int, int], None]) -> Answers:
+    kit = open_kit(site)
+    file = Path(read_object(site / "state" / "site.json")["party_file"])
+    party, _ = load_model(Party, file, overrides=[])
+    located = LocatedParty(party=party, base_dir=file.resolve().parent)
+    job = _checked(asked).located(located.base_dir)
+    if kit.name not in job.parties:
+        raise PolicyError("POLICY_REFUSED", f"the job is not for `{kit.name}`", where="parties")
+    approval = admit(job, party, folder=site, verify=kit.roster.verify, project=kit.project)
+    if approval is not None:
+        job = job.located(Path(approval.base_dir))
     run = attach(site / "state" / "runs" / run_id, run_id=run_id, job_digest=job.digest)
     loaded = open_site(job, [located])
     watch = Watch(on_step=lambda _, step, of: on_step(step, of))
-    return local_hosts(loaded, {party: party_tokens(loaded, located)}, run, watch=watch)[party]
+    return local_hosts(loaded, {kit.name: party_tokens(loaded, located)}, run, watch=watch)[kit.name]
+
+
+def _checked(asked: dict[str, Any]) -> Job:
+    try:
+        return Job.model_validate(asked)
+    except ValidationError as error:
+        fields = ", ".join(".".join(map(str, item["loc"])) for item in error.errors())
+        raise ConfigError("BAD_VALUE", f"the job that came is not valid: {fields[:200]}", where="job") from None

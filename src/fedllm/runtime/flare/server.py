@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
-from fedllm.runs.folder import RunFolder, run_identity
+from fedllm.errors import ConfigError
+from fedllm.runs.folder import RunFolder, now, run_identity
+from fedllm.runs.jsonl import write_json
 from fedllm.runs.plan_files import read_plan
-from fedllm.runtime.base import Link
+from fedllm.runtime.flare.link import FlareLink
 from fedllm.runtime.run import carry_out, concluding
+
+_LIVE_S = 0.5
 
 
 def run_folder(site: Path, run_id: str) -> Path:
@@ -17,14 +23,17 @@ def run_folder(site: Path, run_id: str) -> Path:
     Args:
         site: The server's site folder.
         run_id: The run.
+
+    Raises:
+        ConfigError: `RUN_NOT_FOUND`.
     """
     for path in sorted((site / "state" / "runs").iterdir()):
         if (path / "run.json").is_file() and run_identity(path)["run_id"] == run_id:
             return path
-    raise FileNotFoundError(run_id)
+    raise ConfigError("RUN_NOT_FOUND", "the job belongs to no run of this server", where=run_id)
 
 
-def drive_run(site: Path, run_id: str, make_link: Callable[[list[str]], Link]) -> None:
+def drive_run(site: Path, run_id: str, make_link: Callable[[list[str]], FlareLink]) -> None:
     """Drive a run to its end, or until it pauses; the verdict is in its folder.
 
     Args:
@@ -35,8 +44,29 @@ def drive_run(site: Path, run_id: str, make_link: Callable[[list[str]], Link]) -
     path = run_folder(site, run_id)
     job, parties = read_plan(path)
     run = RunFolder.open(path)
+    done = threading.Event()
     try:
+        if run.last_commit() is not None:
+            run.event("run_resumed")
         with concluding(run):
-            carry_out(run, job, parties, make_link(job.parties))
+            link = make_link(job.parties)
+            threading.Thread(target=_tell, args=(path, link, done), daemon=True).start()
+            carry_out(run, job, parties, link)
     finally:
+        done.set()
         run.close()
+
+
+def _tell(path: Path, link: FlareLink, done: threading.Event) -> None:
+    while not done.wait(_LIVE_S):
+        parties = {
+            party: {
+                "stage": seen.stage,
+                "step": seen.step,
+                "num_steps": seen.num_steps,
+                "silent_s": round(max(0.0, time.monotonic() - seen.at), 1),
+            }
+            for party, seen in link.seen.items()
+        }
+        waiting = {party: round(time.time() - since, 1) for party, since in dict(link.waiting).items()}
+        write_json(path / "live.json", {"time": now(), "parties": parties, "waiting_s": waiting})

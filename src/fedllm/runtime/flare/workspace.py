@@ -9,44 +9,24 @@ from __future__ import annotations
 import shutil
 import sys
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+from fedllm.identity.kit import Kit
 from fedllm.runs.jsonl import write_json
 
 # FLARE loads a class by its path from a job's config only if the path begins with one of these.
 CLASS_ALLOW_LIST = ["fedllm.runtime.flare."]
-ADMIN = "admin@fedllm.org"
 _ORG = "fedllm"
 _COMMON = {"format_version": 2, "class_list_enforcement_mode": "enforce", "class_allow_list": CLASS_ALLOW_LIST}
 
 
-class Identity(Protocol):
-    """What of a kit FLARE needs."""
-
-    @property
-    def project(self) -> str: ...  # noqa: D102
-    @property
-    def name(self) -> str: ...  # noqa: D102
-    @property
-    def kind(self) -> str: ...  # noqa: D102
-    @property
-    def host(self) -> str: ...  # noqa: D102
-    @property
-    def port(self) -> int: ...  # noqa: D102
-    @property
-    def ca(self) -> Path: ...  # noqa: D102
-    @property
-    def certificate(self) -> Path: ...  # noqa: D102
-    @property
-    def key(self) -> Path: ...  # noqa: D102
-
-
-def write_workspace(kit: Identity, root: Path) -> list[str]:
+def write_workspace(kit: Kit, root: Path, *, admin: Path | None = None) -> list[str]:
     """Write FLARE's start-up files and return the command that starts its process.
 
     Args:
         kit: Who this site is, and where the server listens.
         root: The workspace; what an earlier start left in `startup` and `local` is replaced.
+        admin: At the server, the folder of the identity that signs jobs.
     """
     for name in ("startup", "local"):
         shutil.rmtree(root / name, ignore_errors=True)
@@ -55,35 +35,30 @@ def write_workspace(kit: Identity, root: Path) -> list[str]:
     # A job's signature is checked against the authority under this name.
     (root / "startup" / "rootCA.pem").write_bytes(kit.ca.read_bytes())
     write_json(root / "local" / "log_config.json", _logs(root.parent / "log.txt"))
-    write_json(root / "local" / "authorization.json", _permissions())
+    write_json(root / "local" / "authorization.json", _permissions(at_server=admin is not None))
     write_json(root / "local" / "comm_config.json", {"max_message_size": 64 * 2**20, "allow_adhoc_conns": False})
-    if kit.kind == "server":
-        return _server(kit, root)
-    if kit.kind == "admin":
-        write_json(root / "startup" / "fed_admin.json", {"format_version": 1, "admin": _admin(kit)})
-        return []
-    return _client(kit, root)
+    return _client(kit, root) if admin is None else _server(kit, root, admin)
 
 
-def _server(kit: Identity, root: Path) -> list[str]:
+def _server(kit: Kit, root: Path, admin: Path) -> list[str]:
     server = _project(kit) | {
         "admin_server": kit.host,
         "admin_port": kit.port,
         "ssl_private_key": str(kit.key),
-        "ssl_cert": str(kit.certificate),
+        "ssl_cert": str(kit.cert),
         "ssl_root_cert": str(kit.ca),
         "connection_security": "mtls",
     }
     write_json(root / "startup" / "fed_server.json", {"format_version": 2, "servers": [server]})
-    write_json(root / "local" / "resources.json", _server_resources(root))
+    write_json(root / "local" / "resources.json", _server_resources(kit, root, admin))
     module = "nvflare.private.fed.app.server.server_train"
     return [sys.executable, "-u", "-m", module, "-m", str(root), "-s", "fed_server.json", *_options("")]
 
 
-def _client(kit: Identity, root: Path) -> list[str]:
+def _client(kit: Kit, root: Path) -> list[str]:
     client = {
         "ssl_private_key": str(kit.key),
-        "ssl_cert": str(kit.certificate),
+        "ssl_cert": str(kit.cert),
         "ssl_root_cert": str(kit.ca),
         "fqsn": kit.name,
         "is_leaf": True,
@@ -91,50 +66,31 @@ def _client(kit: Identity, root: Path) -> list[str]:
     }
     servers = [_project(kit) | {"identity": "server"}]
     write_json(root / "startup" / "fed_client.json", {"format_version": 2, "servers": servers, "client": client})
-    write_json(root / "local" / "resources.json", _client_resources())
+    write_json(root / "local" / "resources.json", _client_resources(kit))
     module = "nvflare.private.fed.app.client.client_train"
     return [sys.executable, "-u", "-m", module, "-m", str(root), "-s", "fed_client.json", *_options(kit.name)]
 
 
 def _options(uid: str) -> list[str]:
     named = [f"uid={uid}"] if uid else []
-    return ["--set", "secure_train=true", *named, f"org={_ORG}", "config_folder=config"]
+    return ["--set", "secure_train=true", *named, f"org={_ORG}", "config_folder=config", "heart_beat_interval=2.0"]
 
 
-def _project(kit: Identity) -> dict[str, Any]:
+def _project(kit: Kit) -> dict[str, Any]:
     return {"name": kit.project, "service": {"target": f"{kit.host}:{kit.port}", "scheme": "tcp"}}
-
-
-def _admin(kit: Identity) -> dict[str, Any]:
-    return {
-        "project_name": kit.project,
-        "username": ADMIN,
-        "server_identity": "server",
-        "scheme": "tcp",
-        "host": kit.host,
-        "port": kit.port,
-        "connection_security": "mtls",
-        "uid_source": "user_input",
-        "with_file_transfer": True,
-        "upload_dir": "transfer",
-        "download_dir": "transfer",
-        "client_key": str(kit.key),
-        "client_cert": str(kit.certificate),
-        "ca_cert": str(kit.ca),
-    }
 
 
 def _component(name: str, path: str, **args: Any) -> dict[str, Any]:
     return {"id": name, "path": f"nvflare.{path}", "args": args}
 
 
-def _server_resources(root: Path) -> dict[str, Any]:
+def _server_resources(kit: Kit, root: Path, admin: Path) -> dict[str, Any]:
     store = {"path": "nvflare.app_common.storages.filesystem_storage.FilesystemStorage"}
     # FLARE's default is one folder under the system's temporary folder for all servers of a machine.
     snapshots = store | {"args": {"root_dir": str(root / "snapshots"), "uri_root": "/"}}
     persistor = "nvflare.app_common.state_persistors.storage_state_persistor.StorageStatePersistor"
     return _COMMON | {
-        "servers": [{"admin_storage": "transfer", "max_num_clients": 1000, "heart_beat_timeout": 30}],
+        "servers": [{"admin_storage": "transfer", "max_num_clients": 1000, "heart_beat_timeout": 15}],
         "snapshot_persistor": {"path": persistor, "args": {"uri_root": "/", "storage": snapshots}},
         "components": [
             _component(
@@ -152,11 +108,16 @@ def _server_resources(root: Path) -> dict[str, Any]:
             ),
             _component("job_store", "app_common.storages.filesystem_storage.FilesystemStorage"),
             _component("launcher", "app_common.job_launcher.server_process_launcher.ServerProcessJobLauncher"),
+            {
+                "id": "clerk",
+                "path": "fedllm.runtime.flare.clerk.Clerk",
+                "args": {"site": str(kit.site), "admin": str(admin)},
+            },
         ],
     }
 
 
-def _client_resources() -> dict[str, Any]:
+def _client_resources(kit: Kit) -> dict[str, Any]:
     no_gpus = {"num_of_gpus": 0, "mem_per_gpu_in_GiB": 0}
     return _COMMON | {
         "allow_log_streaming": False,
@@ -167,17 +128,19 @@ def _client_resources() -> dict[str, Any]:
             ),
             _component("resource_consumer", "app_common.resource_consumers.gpu_resource_consumer.GPUResourceConsumer"),
             _component("launcher", "app_common.job_launcher.client_process_launcher.ClientProcessJobLauncher"),
+            {"id": "doorman", "path": "fedllm.runtime.flare.doorman.Doorman", "args": {"site": str(kit.site)}},
         ],
     }
 
 
-def _permissions() -> dict[str, Any]:
-    # The coordinator starts and stops jobs. Nobody brings code, and nobody gets a shell.
-    never = dict.fromkeys(("byoc", "shell_commands", "server-predeployed-flwr", "clone_job", "download_job"), "none")
-    allowed = dict.fromkeys(("submit_job", "manage_job", "view", "operate"), "any")
-    nothing = dict.fromkeys([*never, *allowed], "none")
-    roles = {"org_admin": nothing, "lead": nothing, "member": nothing}
-    return {"format_version": "1.0", "permissions": {"project_admin": never | allowed, **roles}}
+def _permissions(*, at_server: bool) -> dict[str, Any]:
+    # Jobs begin at the server's own clerk: nobody can log in to submit one, to look, to stop, to bring code. A party
+    # takes jobs that the coordinator's key signed, and what it approved of them.
+    rights = ("submit_job", "manage_job", "clone_job", "download_job", "view", "operate", "shell_commands", "byoc")
+    nothing = dict.fromkeys((*rights, "server-predeployed-flwr"), "none")
+    coordinator = nothing if at_server else nothing | {"submit_job": "any"}
+    others = dict.fromkeys(("org_admin", "lead", "member"), nothing)
+    return {"format_version": "1.0", "permissions": {"project_admin": coordinator, **others}}
 
 
 def _logs(file: Path) -> dict[str, Any]:

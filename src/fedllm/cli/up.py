@@ -1,0 +1,33 @@
+"""`fedllm up`: a job with real processes and mutual TLS on one machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedllm.cli.live import live_view
+from fedllm.cli.run import AsJson, JobFile, Overrides, Quiet, show_result
+
+Folder = Annotated[
+    Path | None, typer.Option("--output", "-o", help="Keys, kits, states and the run. Default: up/NAME-DIGEST.")
+]
+
+
+def up(
+    job_file: JobFile,
+    *,
+    overrides: Overrides = None,
+    output: Folder = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Run a job as between machines, with a server and a client per party on this one; again to go on."""
+    from fedllm.job.job import Job
+    from fedllm.runtime.up import up as run_up
+
+    job = Job.from_yaml(job_file, overrides=overrides)
+    with live_view(quiet=quiet) as watch:
+        result = run_up(job, folder=output, watch=watch)
+    show_result(result, as_json=as_json)

@@ -1,0 +1,198 @@
+"""Keeps the runs of a coordinator, inside FLARE's server process: starts each as a job of FLARE, and again after a
+crash, until it is finished or somebody wants it paused. Nobody can submit a job from another machine.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import threading
+import time
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from nvflare.apis.event_type import EventType
+from nvflare.apis.fl_component import FLComponent
+from nvflare.apis.fl_context import FLContext
+from nvflare.apis.job_def import JobMetaKey, RunStatus
+from nvflare.fuel.utils.zip_utils import zip_directory_to_bytes
+from nvflare.lighter.utils import load_private_key_file, sign_folders
+from nvflare.private.fed.server.job_meta_validator import JobMetaValidator
+
+from fedllm.job.job import Job
+from fedllm.runs.control import is_worked_on, verdict, wanted
+from fedllm.runs.folder import RunFolder, last_commit, now, run_identity
+from fedllm.runs.jsonl import write_json
+from fedllm.runs.plan_files import read_plan
+from fedllm.runtime.flare.jobs import write_job
+from fedllm.runtime.run import conclude
+
+_log = logging.getLogger("fedllm.clerk")
+_LOOK_S = 0.5
+# What passes by itself once the parties are back; all else waits for `fedllm resume`.
+_PASSES = {"INTERRUPTED", "PARTY_LOST", "ROUND_TIMEOUT", "QUORUM"}
+_FINAL = {"SUCCESS", "PARTIAL", "FAILED"}
+# A job that has not begun to work on its run after so long is taken back.
+_START_S = 90.0
+_PATIENCE = 5
+_PAUSE_S = (0.0, 1.0, 3.0, 10.0, 20.0)
+
+
+@dataclass
+class Attempts:
+    """One run's jobs of FLARE: the present one, and how many in a row brought it no further."""
+
+    job_id: str | None = None
+    since: float = 0.0
+    began: bool = False
+    in_vain: int = 0
+    committed: int | None = None
+    waiting_since: str = ""
+    waiting_for: list[str] = field(default_factory=list)
+    why: str = ""
+
+
+class Clerk(FLComponent):
+    """One per server. FLARE makes it when it starts; it works in a thread of its own.
+
+    Args:
+        site: The server's site folder.
+        admin: The folder of the identity that signs jobs.
+    """
+
+    def __init__(self, site: str, admin: str) -> None:
+        super().__init__()
+        self._site, self._admin = Path(site), Path(admin)
+        self._runs: dict[Path, Attempts] = {}
+
+    def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
+        """Begin when FLARE's server is up.
+
+        Args:
+            event_type: What happens.
+            fl_ctx: FLARE's context.
+        """
+        if event_type == EventType.SYSTEM_START:
+            threading.Thread(target=self._work, args=(fl_ctx.get_engine(),), daemon=True, name="clerk").start()
+
+    def _work(self, engine: Any) -> None:
+        while True:
+            try:
+                with engine.new_context() as fl_ctx:
+                    clients = sorted(client.name for client in engine.get_clients())
+                    for path in sorted((self._site / "state" / "runs").glob("*/control.json")):
+                        self._look(path.parent, clients, engine, fl_ctx)
+                    self._write_status(clients)
+            except Exception:  # noqa: BLE001
+                # The clerk outlives whatever goes wrong with one look; the next may go well.
+                _log.exception("the clerk stumbled")
+            time.sleep(_LOOK_S)
+
+    def _look(self, run: Path, clients: list[str], engine: Any, fl_ctx: FLContext) -> None:
+        attempts = self._runs.setdefault(run, Attempts(committed=last_commit(run)))
+        want = wanted(run)
+        if is_worked_on(run):
+            attempts.began, attempts.why = True, ""
+            if want != "run" and attempts.job_id:
+                engine.job_runner.stop_run(attempts.job_id, fl_ctx)
+            return
+        if attempts.job_id and not attempts.began and self._is_on_its_way(attempts, engine, fl_ctx):
+            return
+        self._close(run, attempts, fl_ctx, engine)
+        found = verdict(run)
+        if want != "run" or found.get("status") in _FINAL or not self._may_go_on(found):
+            attempts.waiting_for = []
+            return
+        self._begin(run, attempts, clients, engine, fl_ctx)
+
+    @staticmethod
+    def _may_go_on(found: dict[str, Any]) -> bool:
+        return found.get("status") != "PAUSED" or found.get("code") in _PASSES
+
+    def _is_on_its_way(self, attempts: Attempts, engine: Any, fl_ctx: FLContext) -> bool:
+        job = engine.job_def_manager.get_job(attempts.job_id, fl_ctx)
+        status = job.meta.get(JobMetaKey.STATUS.value) if job else None
+        ended = status not in (RunStatus.SUBMITTED.value, RunStatus.DISPATCHED.value, RunStatus.RUNNING.value)
+        if ended and job:
+            attempts.why = "; ".join(map(str, job.meta.get(JobMetaKey.JOB_DEPLOY_DETAIL.value) or [status]))[:300]
+        return not ended and time.monotonic() - attempts.since < _START_S
+
+    def _close(self, run: Path, attempts: Attempts, fl_ctx: FLContext, engine: Any) -> None:
+        if attempts.job_id is None:
+            return
+        engine.job_runner.stop_run(attempts.job_id, fl_ctx)
+        committed = last_commit(run)
+        attempts.in_vain = 0 if committed != attempts.committed else attempts.in_vain + 1
+        attempts.job_id, attempts.committed = None, committed
+        if attempts.in_vain >= _PATIENCE and verdict(run).get("status") not in _FINAL:
+            self._give_up(run, attempts)
+
+    @staticmethod
+    def _give_up(run: Path, attempts: Attempts) -> None:
+        folder = RunFolder.open(run)
+        try:
+            what = f"{attempts.in_vain} attempts in a row brought the run no further"
+            conclude(
+                folder, "PAUSED", f"{what}: {attempts.why or 'see the log of server and parties'}", code="NO_PROGRESS"
+            )
+        finally:
+            folder.close()
+        attempts.in_vain = 0
+
+    def _begin(self, run: Path, attempts: Attempts, clients: list[str], engine: Any, fl_ctx: FLContext) -> None:
+        job, _ = read_plan(run)
+        attempts.waiting_for = [party for party in job.parties if party not in clients]
+        if attempts.waiting_for:
+            attempts.waiting_since = attempts.waiting_since or now()
+            return
+        pause = _PAUSE_S[min(attempts.in_vain, len(_PAUSE_S) - 1)]
+        if time.monotonic() - attempts.since < pause:
+            return
+        attempts.waiting_since = ""
+        (run / "result.json").unlink(missing_ok=True)
+        attempts.job_id = self._submit(run, job, engine, fl_ctx)
+        attempts.since, attempts.began = time.monotonic(), False
+        _log.info("run %s: job %s of FLARE is submitted", run.name, attempts.job_id)
+
+    def _submit(self, run: Path, job: Job, engine: Any, fl_ctx: FLContext) -> str:
+        with tempfile.TemporaryDirectory(dir=run) as scratch:
+            folder = write_job(
+                Path(scratch),
+                job=job.model_dump(mode="json"),
+                name=job.name,
+                parties=list(job.parties),
+                run_id=run_identity(run)["run_id"],
+            )
+            # Each site of FLARE checks the signature against the authority, and what its signer may do.
+            sign_folders(str(folder), load_private_key_file(str(self._admin / "key.pem")), self._admin_certificate())
+            data = zip_directory_to_bytes(scratch, job.name)
+        valid, error, meta = JobMetaValidator().validate(job.name, data)
+        if not valid:
+            raise RuntimeError(error)
+        meta |= {
+            JobMetaKey.JOB_FOLDER_NAME.value: job.name,
+            JobMetaKey.SUBMITTER_NAME.value: "admin",
+            JobMetaKey.SUBMITTER_ORG.value: "fedllm",
+            JobMetaKey.SUBMITTER_ROLE.value: "project_admin",
+        }
+        made = engine.job_def_manager.create(meta, data, fl_ctx)
+        return str(made[JobMetaKey.JOB_ID.value])
+
+    def _admin_certificate(self) -> str:
+        return str(self._admin / "kit" / "cert.pem")
+
+    def _write_status(self, clients: list[str]) -> None:
+        runs = {
+            run.name: {
+                "attempts_in_vain": attempts.in_vain,
+                "waiting_for": attempts.waiting_for,
+                "since": attempts.waiting_since,
+                "why": attempts.why,
+                "job_id": attempts.job_id,
+            }
+            for run, attempts in self._runs.items()
+        }
+        facts = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "connected": clients, "runs": runs}
+        write_json(self._site / "state" / "clerk.json", facts)
