@@ -107,7 +107,7 @@ def provision(
         _check_member(name, project, "--replace")
     found = _load_requests(folder, project, requests)
     is_new = not (folder.authority / AUTHORITY_FILE).exists()
-    make_missing_keys([folder.authority / AUTHORITY_KEY_FILE, folder.site / KEY_FILE, folder.admin / KEY_FILE])
+    make_missing_keys(_own_keys(folder))
     authority = create_authority(folder.authority, project=project.name)
     before = installed_manifest(folder.site)
     desk = _Desk(folder, project, authority, _next_date(before))
@@ -148,14 +148,21 @@ def provision_all(folder: Path, project: Project, parties: Mapping[str, Path]) -
         fix = "give a site folder for each party of the project, and for no other"
         raise ConfigError("PARTY_UNKNOWN", f"the project and the folders differ in {', '.join(wrong)}", fix=fix)
     root = CoordinatorFolder(folder)
-    own = [root.authority / AUTHORITY_KEY_FILE, root.site / KEY_FILE, root.admin / KEY_FILE]
-    make_missing_keys([*own, *(site / KEY_FILE for site in parties.values())])
+    make_missing_keys([*_own_keys(root), *(site / KEY_FILE for site in parties.values())])
     requests = [make_request(site, name) for name, site in parties.items()]
     # Every key is this machine's own, so a new one needs nobody's word.
     done = provision(root, project, requests=requests, replace=list(parties))
     for name, site in parties.items():
         install_kit(done.kits[name].path, site, authority=done.authority, name=name)
     return done
+
+
+def _own_keys(folder: CoordinatorFolder) -> list[Path]:
+    keys = [folder.site / KEY_FILE, folder.admin / KEY_FILE]
+    # Where the authority's certificate is there and its key is lost, a new key would only hide that.
+    if not (folder.authority / AUTHORITY_FILE).exists():
+        keys.append(folder.authority / AUTHORITY_KEY_FILE)
+    return keys
 
 
 def _load_requests(folder: CoordinatorFolder, project: Project, paths: Iterable[Path]) -> dict[str, Request]:

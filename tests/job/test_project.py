@@ -1,0 +1,48 @@
+"""project.yaml: what cannot work is refused where it is written."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedllm.errors import ConfigError
+from fedllm.job.project import Project
+
+GOOD: dict[str, Any] = {"name": "trial", "server": {"host": "fl.example.org", "port": 8002}, "parties": ["north"]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"parties": ["server"]}, "server"),
+        ({"parties": ["admin"]}, "admin"),
+        ({"parties": ["North"]}, "North"),
+        ({"parties": ["north", "north"]}, "same name"),
+        ({"parties": []}, "parties"),
+        ({"name": "../x"}, "name"),
+        ({"certificate_days": 0}, "certificate_days"),
+        ({"server": {"host": "0.0.0.0", "port": 1}}, "nobody"),  # noqa: S104
+        ({"server": {"host": "999.1.1.1", "port": 1}}, "no IP"),
+        ({"server": {"host": "https://x.org", "port": 1}}, "no IP"),
+        ({"server": {"host": "x.org:8002", "port": 1}}, "no IP"),
+        ({"server": {"host": "-x.org", "port": 1}}, "no IP"),
+        ({"server": {"host": "x.org", "port": 0}}, "port"),
+    ],
+)
+def test_a_project_that_cannot_work_is_refused(changes: dict[str, object], word: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(word)):
+        Project.model_validate(GOOD | changes)
+
+
+def test_a_project_file_is_read_with_its_lines(tmp_path: Path) -> None:
+    path = tmp_path / "project.yaml"
+    path.write_text("name: trial\nserver: {host: FL.example.org}\nparties: [north]\n")
+    project = Project.from_yaml(path)
+    assert (project.server.host, project.server.port, project.certificate_days) == ("fl.example.org", 8002, 365)
+    path.write_text("name: trial\nserver: {host: fl.example.org}\nparties: [north]\ncertificate_day: 3\n")
+    with pytest.raises(ConfigError) as caught:
+        Project.from_yaml(path)
+    assert caught.value.where == f"{path}:4" and "certificate_days" in caught.value.fix
