@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -21,6 +22,7 @@ _BACKOFF_S = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0)
 # A process that lived for so long was well; its next end is not counted with the ones before.
 _HEALTHY_S = 60.0
 _GRACE_S = 10.0
+_WATCH_S = 0.2
 _PR_SET_PDEATHSIG = 1
 
 
@@ -117,6 +119,18 @@ def end_group(pid: int) -> None:
 def _end_with_parent() -> None:
     # A supervisor that is killed must not leave a process behind that holds its port.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def end_with_parent() -> None:
+    """End this process at once when the one that started it is gone, from a thread; whatever it does is left as is."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_WATCH_S)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True, name="parent").start()
 
 
 def only_one(folder: Path, *, what: str) -> IO[str]:

@@ -13,6 +13,7 @@ from nvflare.apis.signal import Signal
 from fedllm.errors import FedllmError
 from fedllm.runtime.flare.channel import Channel
 from fedllm.runtime.flare.link import FlareLink
+from fedllm.runtime.supervise import end_with_parent
 
 _log = logging.getLogger("fedllm.server")
 
@@ -25,7 +26,8 @@ class RunController(Controller):
         self._run_id = run_id
 
     def start_controller(self, fl_ctx: FLContext) -> None:
-        """Nothing to prepare."""
+        """Leave nothing behind that works on the run when FLARE's server is gone."""
+        end_with_parent()
 
     def stop_controller(self, fl_ctx: FLContext) -> None:
         """Nothing to end."""

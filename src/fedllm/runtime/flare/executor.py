@@ -19,6 +19,7 @@ from nvflare.apis.signal import Signal
 
 from fedllm.runtime.flare.channel import Channel, Topic
 from fedllm.runtime.flare.link import BEAT_S, HEAD
+from fedllm.runtime.supervise import end_with_parent
 
 _log = logging.getLogger("fedllm.party")
 _CALL_S = 30.0
@@ -54,6 +55,7 @@ class PartyExecutor(Executor):
         site = Path(fl_ctx.get_workspace().get_root_dir()).parent.parent
         self._channel = Channel(fl_ctx.get_engine().get_cell(), {"server": f"server.{fl_ctx.get_job_id()}"})
         self._channel.serve(Topic.POST, self._on_post)
+        end_with_parent()
         threading.Thread(target=self._beat, daemon=True).start()
         threading.Thread(target=self._serve, args=(site,), daemon=True).start()
 
