@@ -262,6 +262,17 @@ def test_a_base_model_that_changed_since_is_refused(
     assert (4, "commit") not in journal(folder)
 
 
+def test_a_common_test_set_that_changed_since_is_refused(make_federation: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    federation = make_federation(job=PLAN | {"evaluate.test": "data/common.jsonl"})
+    path = federation.folder / "data" / "common.jsonl"
+    shutil.copy(federation.folder / "data" / "north-eval.jsonl", path)
+    folder = broken_off(federation, monkeypatch, "broken")
+    path.write_text(path.read_text().replace("0: ", "zero: ", 1))
+    with pytest.raises(FedllmError) as caught:
+        resume(folder)
+    assert (caught.value.code, caught.value.where) == ("MODEL_MISMATCH", "evaluate.test")
+
+
 def test_data_that_changed_since_are_refused(make_federation: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     federation = make_federation(job=PLAN)
     folder = broken_off(federation, monkeypatch, "broken")

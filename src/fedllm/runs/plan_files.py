@@ -71,8 +71,8 @@ def _check_unchanged(before: dict[str, Any], digests: dict[str, str]) -> None:
             raise ModelError(
                 "MODEL_MISMATCH",
                 f"the {name.replace('_', ' ')} is not the one that the run began with",
-                where="model.model_name_or_path",
-                fix="put the old model folder back, or start a new run",
+                where="evaluate.test" if name == "common_digest" else "model.model_name_or_path",
+                fix="put the old file or folder back, or start a new run",
             )
 
 
@@ -110,12 +110,12 @@ def read_plan(path: Path) -> tuple[Job, list[LocatedParty]]:
 
 
 def write_provenance(run: RunFolder, job: Job, **digests: str) -> None:
-    """Write what the run's bits depend on; on resume, check that the model is still the same.
+    """Write what the run's bits depend on; on resume, check that the models and the test set are still the same.
 
     Args:
         run: The run folder.
         job: The job.
-        digests: SHA-256 of base model, tokenizer, template.
+        digests: SHA-256 of base model, tokenizer, template, common test set.
 
     Raises:
         ModelError: `MODEL_MISMATCH`.

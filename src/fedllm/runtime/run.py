@@ -247,7 +247,8 @@ def drive(run: RunFolder, job: Job, link: Link, *, watch: Watch | None = None) -
     server: ServerHalf = line.server(job.federation, seed=job.seed, common=job.evaluate.test is not None)
 
     def on_ready(ready: Ready) -> None:
-        digests = {name: getattr(ready, name) for name in ("base_digest", "tokenizer_digest", "template_digest")}
+        compared = ("base_digest", "tokenizer_digest", "template_digest", "common_digest")
+        digests = {name: getattr(ready, name) for name in compared}
         write_provenance(run, job, **digests)
         write_json(run.path / "parties.json", [party_facts(run, party) for party in link.parties])
 
