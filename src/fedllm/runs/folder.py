@@ -83,17 +83,18 @@ class RunFolder:
         return run
 
     @classmethod
-    def open(cls, path: Path) -> RunFolder:
+    def open(cls, path: Path, *, patience_s: float = 0.0) -> RunFolder:
         """Return an existing run folder, locked.
 
         Args:
             path: The folder.
+            patience_s: For how long to wait for another process to be done with it, in seconds.
 
         Raises:
             ConfigError: `RUN_NOT_FOUND` or `RUN_EXISTS` (another process has it).
         """
         identity = run_identity(path)
-        return cls(path, identity["run_id"], identity["job_digest"], _locked(path))
+        return cls(path, identity["run_id"], identity["job_digest"], _locked(path, patience_s=patience_s))
 
     def close(self) -> None:
         """Unlock the folder and the parties in it."""

@@ -50,7 +50,9 @@ class Attempts:
     in_vain: int = 0
     committed: int | None = None
     waiting_since: str = ""
+    waits: float | None = None
     waiting_for: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
     why: str = ""
 
 
@@ -95,7 +97,7 @@ class Clerk(FLComponent):
         want = wanted(run)
         if is_worked_on(run):
             attempts.began, attempts.why = True, ""
-            if want != "run" and attempts.job_id:
+            if attempts.job_id and (want != "run" or self._lets_in(run, attempts, clients)):
                 engine.job_runner.stop_run(attempts.job_id, fl_ctx)
             return
         if attempts.job_id and not attempts.began and self._is_on_its_way(attempts, engine, fl_ctx):
@@ -106,6 +108,13 @@ class Clerk(FLComponent):
             attempts.waiting_for = []
             return
         self._begin(run, attempts, clients, engine, fl_ctx)
+
+    @staticmethod
+    def _lets_in(run: Path, attempts: Attempts, clients: list[str]) -> bool:
+        """Return whether a party is back that the job went on without, and a round has just been committed."""
+        if not attempts.missing or last_commit(run) == attempts.committed:
+            return False
+        return any(party in clients for party in attempts.missing)
 
     @staticmethod
     def _may_go_on(found: dict[str, Any]) -> bool:
@@ -127,42 +136,50 @@ class Clerk(FLComponent):
         attempts.in_vain = 0 if committed != attempts.committed else attempts.in_vain + 1
         attempts.job_id, attempts.committed = None, committed
         if attempts.in_vain >= _PATIENCE and verdict(run).get("status") not in _FINAL:
-            self._give_up(run, attempts)
-
-    @staticmethod
-    def _give_up(run: Path, attempts: Attempts) -> None:
-        folder = RunFolder.open(run)
-        try:
             what = f"{attempts.in_vain} attempts in a row brought the run no further"
-            conclude(
-                folder, "PAUSED", f"{what}: {attempts.why or 'see the log of server and parties'}", code="NO_PROGRESS"
-            )
-        finally:
-            folder.close()
-        attempts.in_vain = 0
+            _verdict(run, f"{what}: {attempts.why or 'see the logs of server and parties'}", code="NO_PROGRESS")
+            attempts.in_vain = 0
 
     def _begin(self, run: Path, attempts: Attempts, clients: list[str], engine: Any, fl_ctx: FLContext) -> None:
         job, _ = read_plan(run)
         attempts.waiting_for = [party for party in job.parties if party not in clients]
-        if attempts.waiting_for:
-            attempts.waiting_since = attempts.waiting_since or now()
+        if attempts.waiting_for and not self._goes_without(run, job, attempts):
             return
         pause = _PAUSE_S[min(attempts.in_vain, len(_PAUSE_S) - 1)]
         if time.monotonic() - attempts.since < pause:
             return
-        attempts.waiting_since = ""
+        attempts.missing, attempts.waiting_for = attempts.waiting_for, []
+        attempts.waiting_since, attempts.waits = "", None
         (run / "result.json").unlink(missing_ok=True)
-        attempts.job_id = self._submit(run, job, engine, fl_ctx)
+        present = [party for party in job.parties if party not in attempts.missing]
+        attempts.job_id = self._submit(run, job, present, engine, fl_ctx)
         attempts.since, attempts.began = time.monotonic(), False
         _log.info("run %s: job %s of FLARE is submitted", run.name, attempts.job_id)
 
-    def _submit(self, run: Path, job: Job, engine: Any, fl_ctx: FLContext) -> str:
+    @staticmethod
+    def _goes_without(run: Path, job: Job, attempts: Attempts) -> bool:
+        """Return whether the run goes on without the parties that are away: after `round_timeout`, with a quorum."""
+        if attempts.waits is None:
+            attempts.waits, attempts.waiting_since = time.monotonic(), now()
+        if time.monotonic() - attempts.waits < job.federation.round_timeout:
+            return False
+        present = len(job.parties) - len(attempts.waiting_for)
+        # The first round needs all: what must be equal everywhere is compared before it.
+        if present >= job.federation.min_parties and last_commit(run) is not None:
+            return True
+        if verdict(run).get("code") != "QUORUM":
+            away = ", ".join(attempts.waiting_for)
+            what = f"{away} not connected; {present} of at least {job.federation.min_parties} parties are there"
+            _verdict(run, what, code="QUORUM")
+        return False
+
+    def _submit(self, run: Path, job: Job, parties: list[str], engine: Any, fl_ctx: FLContext) -> str:
         with tempfile.TemporaryDirectory(dir=run) as scratch:
             folder = write_job(
                 Path(scratch),
                 job=job.model_dump(mode="json"),
                 name=job.name,
-                parties=list(job.parties),
+                parties=parties,
                 run_id=run_identity(run)["run_id"],
             )
             # Each site of FLARE checks the signature against the authority, and what its signer may do.
@@ -196,3 +213,11 @@ class Clerk(FLComponent):
         }
         facts = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "connected": clients, "runs": runs}
         write_json(self._site / "state" / "clerk.json", facts)
+
+
+def _verdict(run: Path, reason: str, *, code: str) -> None:
+    folder = RunFolder.open(run, patience_s=1.0)
+    try:
+        conclude(folder, "PAUSED", reason, code=code)
+    finally:
+        folder.close()

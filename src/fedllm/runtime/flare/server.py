@@ -15,6 +15,7 @@ from fedllm.runtime.flare.link import FlareLink
 from fedllm.runtime.run import carry_out, concluding
 
 _LIVE_S = 0.5
+_LOCK_S = 10.0
 
 
 def run_folder(site: Path, run_id: str) -> Path:
@@ -43,13 +44,17 @@ def drive_run(site: Path, run_id: str, make_link: Callable[[list[str]], FlareLin
     """
     path = run_folder(site, run_id)
     job, parties = read_plan(path)
-    run = RunFolder.open(path)
+    # Whoever looks at whether a run is worked on holds its lock for a moment.
+    run = RunFolder.open(path, patience_s=_LOCK_S)
     done = threading.Event()
     try:
         if run.last_commit() is not None:
             run.event("run_resumed")
         with concluding(run):
             link = make_link(job.parties)
+            for party in job.parties:
+                if party not in link.parties:
+                    run.event("party_failed", round_=(run.last_commit() or 0) + 1, party=party, code="PARTY_LOST")
             threading.Thread(target=_tell, args=(path, link, done), daemon=True).start()
             carry_out(run, job, parties, link)
     finally:
