@@ -37,6 +37,8 @@ _FINAL = {"SUCCESS", "PARTIAL", "FAILED"}
 # A job that has not begun to work on its run after so long is taken back.
 _START_S = 90.0
 _PATIENCE = 5
+# A cut connection has so long to come back before the process behind it counts as ended.
+_RECONNECT_S = 2.0
 _PAUSE_S = (0.0, 1.0, 3.0, 10.0, 20.0)
 
 
@@ -53,6 +55,8 @@ class Attempts:
     waits: float | None = None
     waiting_for: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
+    seen: set[str] = field(default_factory=set)
+    gone: dict[str, float] = field(default_factory=dict)
     why: str = ""
 
 
@@ -96,8 +100,9 @@ class Clerk(FLComponent):
         attempts = self._runs.setdefault(run, Attempts(committed=last_commit(run)))
         want = wanted(run)
         if is_worked_on(run):
-            attempts.began, attempts.why = True, ""
-            if attempts.job_id and (want != "run" or self._lets_in(run, attempts, clients)):
+            attempts.began = True
+            stops = want != "run" or self._lets_in(run, attempts, clients) or self._has_lost(attempts, engine)
+            if attempts.job_id and stops:
                 engine.job_runner.stop_run(attempts.job_id, fl_ctx)
             return
         if attempts.job_id and not attempts.began and self._is_on_its_way(attempts, engine, fl_ctx):
@@ -115,6 +120,19 @@ class Clerk(FLComponent):
         if not attempts.missing or last_commit(run) == attempts.committed:
             return False
         return any(party in clients for party in attempts.missing)
+
+    @staticmethod
+    def _has_lost(attempts: Attempts, engine: Any) -> bool:
+        """Return whether the process of a party ended: its connection to this one is gone and does not come back."""
+        job = f".{attempts.job_id}"
+        there = {name.removesuffix(job) for name in list(engine.get_cell().core_cell.agents) if name.endswith(job)}
+        attempts.seen |= there
+        moment = time.monotonic()
+        attempts.gone = {name: attempts.gone.get(name, moment) for name in attempts.seen - there}
+        lost = sorted(name for name, since in attempts.gone.items() if moment - since > _RECONNECT_S)
+        if lost:
+            attempts.why = f"the process of {', '.join(lost)} ended"
+        return bool(lost)
 
     @staticmethod
     def _may_go_on(found: dict[str, Any]) -> bool:
@@ -154,6 +172,7 @@ class Clerk(FLComponent):
         present = [party for party in job.parties if party not in attempts.missing]
         attempts.job_id = self._submit(run, job, present, engine, fl_ctx)
         attempts.since, attempts.began = time.monotonic(), False
+        attempts.seen, attempts.gone = set(), {}
         _log.info("run %s: job %s of FLARE is submitted", run.name, attempts.job_id)
 
     @staticmethod
