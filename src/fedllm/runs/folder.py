@@ -9,12 +9,14 @@ import uuid
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from fedllm.errors import ConfigError
-from fedllm.runs.checkpoint import Generations
 from fedllm.runs.jsonl import append_rows, disk_error, read_rows, write_json
 from fedllm.runs.metrics import RowFile
+
+if TYPE_CHECKING:
+    from fedllm.runs.checkpoint import Generations
 
 # What a start writes before local.json, from which on the run can be resumed.
 _START = {".lock", *(name + end for name in ("run.json", "job.yaml", "config.json") for end in ("", ".tmp"))}
@@ -117,10 +119,15 @@ class RunFolder:
 
     def checkpoints(self) -> Generations:
         """Return the server's checkpoints."""
+        # Who only looks at a run, or keeps its processes, does without torch.
+        from fedllm.runs.checkpoint import Generations
+
         return Generations(self.path / "checkpoints", "server", self.job_digest, self.run_id)
 
     def party_states(self, party: str) -> Generations:
         """Return a party's own checkpoints; one more is kept, for the round not yet committed."""
+        from fedllm.runs.checkpoint import Generations
+
         folder = self.path / "parties" / party / "checkpoints"
         return Generations(folder, party, self.job_digest, self.run_id, keep=3)
 
