@@ -1,7 +1,7 @@
 """Time of a round between machines' processes: fedllm, NVIDIA FLARE's own FedAvg recipe, Flower, a bare FLARE call.
 
 Run: python benchmarks/engine.py --make-environments DIR   (once, about 2 minutes: FLARE and Flower, each on its own)
-     python benchmarks/engine.py --environments DIR        (about 4 minutes on 2 cores)
+     python benchmarks/engine.py --environments DIR        (about 5 minutes on 2 cores)
 
 All run on this machine over loopback, 4 parties, no training: an adapter of 54.5 MB goes to each party, a changed
 copy of it comes back, their mean is the next round's. FLARE with mutual TLS, provisioned and started as in production;

@@ -34,9 +34,11 @@ def fedavg_recipe(load: Load, trial: Trial) -> Timing:
         server = _deploy(processes, load.parties)
         processes.watch_memory(server)
         _submit(processes, "fedavg", load, timeout_s=trial.timeout_s)
-        rounds_s = _rounds(processes.log("server").read_text(errors="replace"))
-        if len(rounds_s) != load.rounds:
-            raise RuntimeError(f"the server's log tells of {len(rounds_s)} rounds:\n{processes.tail('server')}")
+        log = processes.log("server").read_text(errors="replace")
+        rounds_s = _rounds(log)
+        complete = log.count(f"Aggregated {load.parties}/{load.parties} results")
+        if not len(rounds_s) == complete == load.rounds:
+            raise RuntimeError(f"{complete} of {len(rounds_s)} rounds were complete:\n{processes.tail('server')}")
         return Timing(rounds_s, *processes.peaks_mb)
 
 

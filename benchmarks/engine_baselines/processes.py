@@ -68,19 +68,18 @@ class Processes:
             psutil.wait_procs(left, timeout=1)
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
 
-    def start(self, name: str, command: Sequence[str | Path], **environment: str) -> psutil.Popen:
+    def start(self, name: str, command: Sequence[str | Path]) -> psutil.Popen:
         """Return a process that runs in the background; its output goes to NAME.log.
 
         Args:
             name: Of its log.
             command: What to start.
-            environment: More variables for it.
         """
         with self.log(name).open("wb") as log:
             process = psutil.Popen(
                 [str(part) for part in command],
                 cwd=self.folder,
-                env=self.environment | environment,
+                env=self.environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

@@ -31,5 +31,10 @@ def main(grid: Grid, context: Context) -> None:
         min_evaluate_nodes=parties,
         min_available_nodes=parties,
     )
-    arrays = ArrayRecord(tensors)
-    strategy.start(grid, arrays, num_rounds=int(config["rounds"]), evaluate_fn=note)
+    rounds = int(config["rounds"])
+    result = strategy.start(grid, ArrayRecord(tensors), num_rounds=rounds, evaluate_fn=note)
+    # Flower goes on without a client that failed; then the mean is another one.
+    factor = np.mean([1.0 + 0.01 * (number + 1) for number in range(parties)])
+    if np.allclose(result.arrays.to_numpy_ndarrays()[-1], tensors[-1] * factor**rounds, rtol=1e-4):
+        with results.open("a") as file:
+            file.write("right\n")
