@@ -152,7 +152,7 @@ def test_memory_does_not_grow_with_the_number_of_parties() -> None:
         # All that hangs on the sum: one accumulator per tensor, one number per count.
         held.append(sum(tensor.numel() for tensor in grid._sums.values()))
     assert set(held) == {1000}
-    assert set(vars(grid)) == {"weight", "_sums", "_counts", "_bound"}
+    assert set(vars(grid)) == {"weight", "_sums", "_shapes", "_pieces", "_counts", "_bound"}
 
 
 def test_an_update_is_not_kept_after_it_was_added() -> None:
@@ -172,3 +172,17 @@ def test_an_update_is_not_kept_after_it_was_added() -> None:
 def test_an_empty_sum_has_no_means() -> None:
     assert GridSum().means() == {}
     assert GridSum().counts() == {}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64])
+@pytest.mark.parametrize("size", [0, 1, 2**17 - 1, 2**17, 2**18 + 3])
+def test_a_sum_in_pieces_is_the_sum_of_grid_counts(dtype: torch.dtype, size: int) -> None:
+    generator = torch.Generator().manual_seed(size)
+    scale = 10.0 ** torch.randint(-12, 3, (size,), generator=generator).double()
+    terms = [((torch.randn(size, generator=generator).double() * scale).to(dtype), weight) for weight in (1, 7, 2**20)]
+    grid, exact = GridSum(), torch.zeros(size, dtype=torch.int64)
+    for values, weight in terms:
+        grid.add({"w": values.reshape(size, 1)}, weight=weight, counts={}, sender="north")
+        exact += to_grid(values) * weight
+    expected = (exact.double() / (grid.weight * 2.0**GRID_BITS)).float()
+    assert torch.equal(grid.means()["w"], expected.reshape(size, 1))

@@ -9,10 +9,12 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
+from fedllm.runtime.base import Link, Wanted
 from fedllm.runtime.federation import LinkedFederation
 from fedllm.scenarios.base import Summand
-from fedllm.wire.frame import decode, encode, from_bytes, to_bytes, with_blob
-from fedllm.wire.payload import Envelope, Failure, Payload, Tensors, manifest_of
+from fedllm.wire.blob import Blob
+from fedllm.wire.frame import Parcel, decode, encode, join, pack, split, unpack, with_blob
+from fedllm.wire.payload import Envelope, Failure, Payload, TensorMap, manifest_of
 
 JOB, RUN = "a" * 64, "b" * 32
 
@@ -21,7 +23,7 @@ class Question(Payload):
     """A request with tensors."""
 
     commits: ClassVar[bool] = True
-    adapter: Tensors
+    adapter: TensorMap
 
 
 class Note(Payload):
@@ -31,10 +33,10 @@ class Note(Payload):
 KINDS: dict[str, type[Payload]] = {cls.__name__: cls for cls in (Question, Note, Summand, Failure)}
 ADAPTER = {"w": torch.ones(3), "v": torch.zeros(2, 2)}
 MANIFEST = manifest_of(ADAPTER)
-Answer = Callable[[bytes], bytes | None]
+Answer = Callable[[Parcel], Parcel | None]
 
 
-class ScriptedLink:
+class ScriptedLink(Link):
     """Parties that answer as they are told; keeps what it carried."""
 
     def __init__(self, answers: Mapping[str, Answer], *, order: tuple[str, ...] = ()) -> None:
@@ -45,11 +47,13 @@ class ScriptedLink:
     def parties(self) -> tuple[str, ...]:
         return tuple(self._answers)
 
-    def exchange(self, messages: Mapping[str, bytes], *, timeout_s: float) -> Iterator[tuple[str, bytes | None]]:
+    def exchange(
+        self, messages: Mapping[str, Parcel], *, timeout_s: float, wanted: Wanted
+    ) -> Iterator[tuple[str, Parcel | None]]:
         for party in self._order:
             if party in messages:
                 answer = self._answers[party](messages[party])
-                self.carried.append((party, len(messages[party]), len(answer or b"")))
+                self.carried.append((party, messages[party].num_bytes, answer.num_bytes if answer else 0))
                 yield party, answer
 
     def close(self) -> None:
@@ -62,9 +66,9 @@ def summand(value: float, *, weight: int = 1, **changes: Any) -> Summand:
 
 
 def replying(payload: Payload, **envelope: Any) -> Answer:
-    def answer(data: bytes) -> bytes:
-        reply = from_bytes(data, max_bytes=2**30).envelope.reply()
-        return to_bytes(encode(payload, reply.model_copy(update=envelope)))
+    def answer(parcel: Parcel) -> Parcel:
+        reply = unpack(parcel, max_bytes=2**30).envelope.reply()
+        return pack(encode(payload, reply.model_copy(update=envelope)))
 
     return answer
 
@@ -102,20 +106,38 @@ def with_tensors(**tensors: torch.Tensor) -> Payload:
 def summand_like(payload: Payload, **fields: Any) -> Answer:
     """Answer with fields that the class itself would not let through."""
 
-    def answer(data: bytes) -> bytes:
-        frame = encode(payload, from_bytes(data, max_bytes=2**30).envelope.reply())
-        return to_bytes(replace(frame, fields=frame.fields | fields))
+    def answer(parcel: Parcel) -> Parcel:
+        frame = encode(payload, unpack(parcel, max_bytes=2**30).envelope.reply())
+        return pack(replace(frame, fields=frame.fields | fields))
 
     return answer
 
 
+def joined(parcel: Parcel | None) -> bytes:
+    assert parcel is not None
+    return join(parcel)
+
+
+def beheaded(parcel: Parcel | None) -> Parcel:
+    assert parcel is not None
+    return Parcel(parcel.head)
+
+
+def with_others(parcel: Parcel | None) -> Parcel:
+    assert parcel is not None
+    return Parcel(parcel.head, encode(summand(2.0), ENVELOPE).blob)
+
+
+ENVELOPE = Envelope(job_digest=JOB, run_id=RUN, round=1, sequence=2, sender="server", recipient="north")
 NAN = torch.tensor([1.0, float("nan"), 1.0])
 BAD: dict[str, tuple[Answer, str]] = {
-    "no answer": (lambda data: None, "ROUND_TIMEOUT"),
-    "empty": (lambda data: b"", "PAYLOAD_REFUSED"),
-    "noise": (lambda data: b"\x80\x04pickle?", "PAYLOAD_REFUSED"),
-    "cut": (lambda data: replying(summand(1.0))(data)[:-1], "PAYLOAD_REFUSED"),
-    "an echo": (lambda data: data, "PAYLOAD_REFUSED"),
+    "no answer": (lambda parcel: None, "ROUND_TIMEOUT"),
+    "empty": (lambda parcel: Parcel(b""), "PAYLOAD_REFUSED"),
+    "noise": (lambda parcel: Parcel(b"\x80\x04pickle?"), "PAYLOAD_REFUSED"),
+    "cut": (lambda parcel: split(joined(replying(summand(1.0))(parcel))[:-1]), "PAYLOAD_REFUSED"),
+    "no tensors": (lambda parcel: beheaded(replying(summand(1.0))(parcel)), "PAYLOAD_REFUSED"),
+    "tensors of another": (lambda parcel: with_others(replying(summand(1.0))(parcel)), "PAYLOAD_REFUSED"),
+    "an echo": (lambda parcel: parcel, "PAYLOAD_REFUSED"),
     "too long": (replying(with_tensors(w=torch.zeros(2**23))), "PAYLOAD_REFUSED"),
     "another job": (replying(summand(1.0), job_digest="c" * 64), "PAYLOAD_REFUSED"),
     "another run": (replying(summand(1.0), run_id="c" * 32), "PAYLOAD_REFUSED"),
@@ -164,22 +186,23 @@ class Holder:
     """A party that keeps tensors, or forgets them, and answers from what it decoded."""
 
     def __init__(self, *, forgets: bool = False) -> None:
-        self.held: dict[str, bytes] = {}
+        self.held: dict[str, Blob] = {}
         self.forgets = forgets
         self.got_blob: list[bool] = []
 
-    def __call__(self, data: bytes) -> bytes:
-        frame = from_bytes(data, max_bytes=2**30)
-        self.got_blob.append(frame.blob_sent)
+    def __call__(self, parcel: Parcel) -> Parcel:
+        frame = unpack(parcel, max_bytes=2**30)
+        self.got_blob.append(parcel.blob is not None)
         if self.forgets:
             self.held.clear()
-        if not frame.blob_sent and frame.blob_digest not in self.held:
-            return to_bytes(encode(Failure(code="BLOB_MISSING"), frame.envelope.reply()))
+        if not frame.blob and frame.blob_digest not in self.held:
+            return pack(encode(Failure(code="BLOB_MISSING"), frame.envelope.reply()))
         whole = with_blob(frame, self.held)
+        assert whole.blob is not None
         self.held = {whole.blob_digest: whole.blob}
         question = decode(whole, KINDS)
         assert isinstance(question, Question)
-        return to_bytes(encode(summand(float(question.adapter["w"][0])), frame.envelope.reply()))
+        return pack(encode(summand(float(question.adapter["w"][0])), frame.envelope.reply()))
 
 
 def test_tensors_that_a_party_holds_are_not_sent_again() -> None:
@@ -210,7 +233,7 @@ def test_a_party_that_claims_to_miss_everything_fails_and_does_not_loop() -> Non
 
 
 def test_the_ledger_counts_the_bytes_that_travelled() -> None:
-    link = ScriptedLink({"north": Holder(forgets=True), "south": Holder(), "west": lambda data: None})
+    link = ScriptedLink({"north": Holder(forgets=True), "south": Holder(), "west": lambda parcel: None})
     federation = federation_of(link)
     for round_ in (1, 2):
         federation.total(Question(adapter=ADAPTER), round_=round_, to=federation.parties, manifest=MANIFEST)
@@ -234,10 +257,10 @@ def test_a_party_is_remembered_as_trained_only_if_its_answer_could_be_used() -> 
 
 
 def test_the_answer_of_another_request_of_the_same_round_is_not_taken() -> None:
-    old: list[bytes] = []
+    old: list[Parcel | None] = []
 
-    def replay(data: bytes) -> bytes:
-        old.append(replying(summand(1.0))(data))
+    def replay(parcel: Parcel) -> Parcel | None:
+        old.append(replying(summand(1.0))(parcel))
         return old[0]
 
     federation = federation_of(ScriptedLink({"north": replay}))
@@ -247,6 +270,5 @@ def test_the_answer_of_another_request_of_the_same_round_is_not_taken() -> None:
 
 
 def test_an_envelope_s_reply_goes_back_to_where_it_came_from() -> None:
-    envelope = Envelope(job_digest=JOB, run_id=RUN, round=1, sequence=2, sender="server", recipient="north")
-    reply = envelope.reply()
+    reply = ENVELOPE.reply()
     assert (reply.sender, reply.recipient, reply.round, reply.sequence) == ("north", "server", 1, 2)

@@ -15,8 +15,8 @@ from fedllm.runs.metrics import RowFile
 from fedllm.runtime.base import Done, Hello, Ready, Restore
 from fedllm.runtime.host import Blobs, PartyHost
 from fedllm.scenarios.base import Log, State
-from fedllm.wire.frame import decode, encode, from_bytes, to_bytes
-from fedllm.wire.payload import Envelope, Failure, Payload, Tensors
+from fedllm.wire.frame import Parcel, decode, encode, join, pack, split, unpack
+from fedllm.wire.payload import Envelope, Failure, Payload, TensorMap
 
 JOB, RUN = "a" * 64, "b" * 32
 
@@ -27,7 +27,7 @@ class Work(Payload):
     commits: ClassVar[bool] = True
     amount: float
     error: str = ""
-    adapter: Tensors
+    adapter: TensorMap
 
 
 class Look(Payload):
@@ -89,14 +89,14 @@ def host_in(folder: Path) -> PartyHost:
     )
 
 
-def message(payload: Payload, *, omit: bool = False, **envelope: Any) -> bytes:
+def message(payload: Payload, *, omit: bool = False, **envelope: Any) -> Parcel:
     values = {"job_digest": JOB, "run_id": RUN, "round": 1, "sequence": 0, "sender": "server", "recipient": "north"}
-    return to_bytes(encode(payload, Envelope(**values | envelope)), omit_blob=omit)
+    return pack(encode(payload, Envelope(**values | envelope)), omit_blob=omit)
 
 
 def answer(host: PartyHost, payload: Payload, **options: Any) -> Payload:
-    data = host.handle(message(payload, **options), timeout_s=60)
-    return decode(from_bytes(data, max_bytes=2**20), KINDS | {"Ready": Ready, "Done": Done})
+    parcel = host.handle(message(payload, **options), timeout_s=60)
+    return decode(unpack(parcel, max_bytes=2**20), KINDS | {"Ready": Ready, "Done": Done})
 
 
 def code(payload: Payload) -> str:
@@ -138,25 +138,25 @@ def test_a_message_of_another_job_run_or_party_is_refused_and_changes_nothing(
 
 def test_the_reply_carries_the_request_s_lineage(host: PartyHost) -> None:
     begin(host)
-    reply = from_bytes(host.handle(message(Look(), round=4, sequence=9), timeout_s=60), max_bytes=2**20).envelope
+    reply = unpack(host.handle(message(Look(), round=4, sequence=9), timeout_s=60), max_bytes=2**20).envelope
     assert (reply.round, reply.sequence, reply.sender, reply.recipient) == (4, 9, "north", "server")
 
 
 def test_every_truncated_message_is_refused(host: PartyHost) -> None:
     begin(host)
-    data = message(work(1.0))
+    data = join(message(work(1.0)))
     for length in range(0, len(data), 7):
         with pytest.raises(PayloadError):
-            host.handle(data[:length], timeout_s=60)
+            host.handle(split(data[:length]), timeout_s=60)
     assert host.states.present() == []
 
 
 def test_a_message_with_one_bit_flipped_in_its_tensors_is_refused(host: PartyHost) -> None:
     begin(host)
-    data = bytearray(message(work(1.0)))
+    data = bytearray(join(message(work(1.0))))
     data[-1] ^= 1
     with pytest.raises(PayloadError):
-        host.handle(bytes(data), timeout_s=60)
+        host.handle(split(data), timeout_s=60)
 
 
 def test_a_request_before_the_handshake_is_refused(host: PartyHost) -> None:
@@ -169,10 +169,10 @@ def test_only_a_code_leaves_the_party_when_it_fails(
 ) -> None:
     begin(host)
     with caplog.at_level(logging.CRITICAL):
-        data = host.handle(message(work(1.0, error)), timeout_s=60)
-    assert b"secret" not in data
-    assert b"ZeroDivision" not in data
-    assert code(decode(from_bytes(data, max_bytes=2**20), KINDS)) == expected
+        parcel = host.handle(message(work(1.0, error)), timeout_s=60)
+    assert b"secret" not in join(parcel)
+    assert b"ZeroDivision" not in join(parcel)
+    assert code(decode(unpack(parcel, max_bytes=2**20), KINDS)) == expected
 
 
 @pytest.mark.parametrize("error", ["known", "unknown"])

@@ -16,8 +16,9 @@ from safetensors.torch import save as save_safetensors
 from tiny import bits
 
 from fedllm.errors import PayloadError
-from fedllm.wire.frame import Frame, check_manifest, decode, encode, from_bytes, to_bytes, with_blob
-from fedllm.wire.payload import Envelope, Failure, Payload, Tensors, TensorSpec, manifest_of
+from fedllm.wire.blob import MemoryBlob, whole
+from fedllm.wire.frame import Frame, check_manifest, decode, encode, join, pack, split, unpack, with_blob
+from fedllm.wire.payload import Envelope, Failure, Payload, TensorMap, Tensors, TensorSpec, manifest_of
 
 ROOM = 2**30
 
@@ -29,8 +30,8 @@ class Sample(Payload):
     share: float
     words: list[str]
     counts: dict[str, float]
-    first: Tensors
-    second: Tensors
+    first: TensorMap
+    second: TensorMap
 
 
 KINDS: dict[str, type[Payload]] = {"Sample": Sample, "Failure": Failure}
@@ -49,19 +50,33 @@ def sample(**changes: Any) -> Sample:
     return Sample(**values | changes)
 
 
+def to_bytes(frame: Frame, *, omit_blob: bool = False) -> bytes:
+    return join(pack(frame, omit_blob=omit_blob))
+
+
+def from_bytes(data: bytes, *, max_bytes: int) -> Frame:
+    return unpack(split(data), max_bytes=max_bytes)
+
+
 def received(data: bytes) -> Payload:
     return decode(from_bytes(data, max_bytes=ROOM), KINDS)
 
 
-def message(header: Any, blob: bytes = b"", *, magic: bytes = b"FLM1") -> bytes:
+PREFIX = struct.Struct("<4sIH")
+
+
+def message(header: Any, blob: bytes = b"", *, magic: bytes = b"FLM2", signature: bytes = b"") -> bytes:
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    return struct.pack("<4sI", magic, len(text)) + text + blob
+    return PREFIX.pack(magic, len(text), len(signature)) + signature + text + blob
+
+
+def header_end_of(data: bytes) -> int:
+    return PREFIX.size + int(PREFIX.unpack_from(data)[1])
 
 
 def header_of(frame: Frame) -> dict[str, Any]:
     data = to_bytes(frame)
-    size = struct.unpack_from("<4sI", data)[1]
-    header: dict[str, Any] = json.loads(data[8 : 8 + size])
+    header: dict[str, Any] = json.loads(data[PREFIX.size : header_end_of(data)])
     return header
 
 
@@ -144,7 +159,7 @@ def test_every_truncation_is_refused() -> None:
 def test_a_flipped_bit_is_refused_or_visible_in_the_envelope_or_fields() -> None:
     sent = sample(first={"w": torch.linspace(-1, 1, 16)})
     data = to_bytes(encode(sent, ENVELOPE))
-    header_end = 8 + struct.unpack_from("<4sI", data)[1]
+    header_end = header_end_of(data)
     for position in range(len(data)):
         flipped = bytearray(data)
         flipped[position] ^= 1 << (position % 8)
@@ -184,9 +199,19 @@ def _with(**changes: Any) -> Callable[[dict[str, Any]], Any]:
         _with(fields=[]),
         _with(envelope={}),
         _with(envelope="x"),
-        _with(blob={"sha256": "", "sent": "yes"}),
-        _with(blob={"sha256": None, "sent": True}),
-        _with(blob={"sha256": "", "sent": True, "more": 1}),
+        _with(blob={"sha256": "", "size": "0"}),
+        _with(blob={"sha256": "", "size": False}),
+        _with(blob={"sha256": "", "size": 1}),
+        _with(blob={"sha256": "", "size": -1}),
+        _with(blob={"sha256": "", "size": 0.0}),
+        _with(blob={"sha256": None, "size": 0}),
+        _with(blob={"sha256": 7, "size": 8}),
+        _with(blob={"sha256": "a" * 64, "size": 0}),
+        _with(blob={"sha256": "a" * 63, "size": 8}),
+        _with(blob={"sha256": "../" + "a" * 61, "size": 8}),
+        _with(blob={"sha256": "A" * 64, "size": 8}),
+        _with(blob={"sha256": "a" * 64, "size": 2**63}),
+        _with(blob={"sha256": "", "size": 0, "more": 1}),
         _with(blob=[]),
         lambda header: [header],
         lambda header: json.dumps(header).encode() + b"x",
@@ -232,12 +257,15 @@ def test_a_malformed_envelope_is_refused(name: str, value: Any) -> None:
 def test_another_magic_word_is_refused() -> None:
     header = header_of(encode(sample(), ENVELOPE))
     with pytest.raises(PayloadError, match="prefix"):
-        received(message(header, magic=b"FLM2"))
+        received(message(header, magic=b"FLM1"))
 
 
 def test_a_header_longer_than_the_message_is_refused() -> None:
-    with pytest.raises(PayloadError, match="prefix"):
-        received(struct.pack("<4sI", b"FLM1", 2**31) + b"{}")
+    for text_bytes, signature_bytes in ((2**31, 0), (2, 2**16 - 1)):
+        with pytest.raises(PayloadError, match="prefix"):
+            received(PREFIX.pack(b"FLM2", text_bytes, signature_bytes) + b"{}")
+    with pytest.raises(PayloadError, match="shorter"):
+        received(PREFIX.pack(b"FLM2", 2, 1) + b"{}")
 
 
 def test_an_unknown_kind_is_refused_and_the_sender_named() -> None:
@@ -277,8 +305,7 @@ def test_a_field_of_the_wrong_type_is_refused_and_the_sender_named(name: str, va
 @pytest.mark.parametrize("field", [b'"share":0.5', b'"x":1.0'])
 def test_a_number_that_is_not_finite_is_refused_in_any_field(number: bytes, field: bytes) -> None:
     data = to_bytes(encode(sample(), ENVELOPE))
-    size = struct.unpack_from("<4sI", data)[1]
-    text = data[8 : 8 + size]
+    text = data[PREFIX.size : header_end_of(data)]
     assert field in text
     with pytest.raises(PayloadError):
         received(message(text.replace(field, field.split(b":")[0] + b":" + number)))
@@ -296,7 +323,7 @@ def test_nan_and_infinity_in_one_element_are_refused_with_sender_and_tensor(valu
 
 def blob_message(blob: bytes) -> bytes:
     header = header_of(encode(sample(), ENVELOPE))
-    header["blob"] = {"sha256": hashlib.sha256(blob).hexdigest(), "sent": True}
+    header["blob"] = {"sha256": hashlib.sha256(blob).hexdigest(), "size": len(blob)}
     return message(header, blob)
 
 
@@ -316,6 +343,19 @@ def raw_safetensors(header: bytes, data: bytes) -> bytes:
         raw_safetensors(b'{"first/w":{"dtype":"F8_E5M2","shape":[4],"data_offsets":[0,4]}}', b"\x7f" * 4),
         raw_safetensors(b'{"first/w":{"dtype":"F4","shape":[8],"data_offsets":[0,4]}}', b"\0" * 4),
         raw_safetensors(b'{"first/w":{"dtype":"C64","shape":[1],"data_offsets":[0,8]}}', b"\xff" * 8),
+        raw_safetensors(b'{"first/w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', b"\0" * 5),
+        raw_safetensors(b'{"first/w":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}', b"\0" * 8),
+        raw_safetensors(b'{"first/w":{"dtype":"F32","shape":[true],"data_offsets":[0,4]}}', b"\0" * 4),
+        raw_safetensors(b'{"first/w":{"dtype":"F32","shape":[1],"data_offsets":[0,4],"more":1}}', b"\0" * 4),
+        raw_safetensors(b'{"first/w":{"dtype":["F32"],"shape":[1],"data_offsets":[0,4]}}', b"\0" * 4),
+        raw_safetensors(
+            b'{"first/w":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},'
+            b'"first/v":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}',
+            b"\0" * 8,
+        ),
+        raw_safetensors(b'{"__metadata__":{"a":"b"}}', b""),
+        raw_safetensors(b"[" * 100_000, b""),
+        struct.pack("<Q", 2**63) + b"{}",
         raw_safetensors(
             b'{"first/w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},'
             b'"first/w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}',
@@ -334,8 +374,8 @@ def test_tensors_in_another_format_or_of_no_field_are_refused(blob: bytes) -> No
 
 def test_no_message_holds_pickled_bytes() -> None:
     data = to_bytes(encode(sample(first={"w": torch.ones(3)}), ENVELOPE))
-    header_end = 8 + struct.unpack_from("<4sI", data)[1]
-    json.loads(data[8:header_end])
+    header_end = header_end_of(data)
+    json.loads(data[PREFIX.size : header_end])
     size = struct.unpack_from("<Q", data, header_end)[0]
     names = json.loads(data[header_end + 8 : header_end + 8 + size])
     assert set(names) == {"first/w"}
@@ -347,18 +387,36 @@ def test_tensors_sent_by_digest_are_found_again_or_missed_by_name() -> None:
     short = to_bytes(frame, omit_blob=True)
     assert len(to_bytes(frame)) - len(short) > 8 * 4 - 1
     arrived = from_bytes(short, max_bytes=ROOM)
+    assert (arrived.blob_digest, arrived.blob_size, arrived.blob) == (frame.blob_digest, frame.blob_size, None)
+    with pytest.raises(PayloadError, match="did not arrive"):
+        decode(arrived, KINDS)
+    assert frame.blob is not None
     found = decode(with_blob(arrived, {frame.blob_digest: frame.blob}), KINDS)
     assert isinstance(found, Sample)
     assert found.first["w"].tolist() == [1.0] * 8
     with pytest.raises(PayloadError) as caught:
-        with_blob(arrived, {"0" * 64: b"other"})
+        with_blob(arrived, {"0" * 64: MemoryBlob(b"other")})
     assert caught.value.code == "BLOB_MISSING"
 
 
-def test_tensors_after_a_header_that_announces_none_are_refused() -> None:
+def test_tensors_after_a_header_that_announces_none_or_others_are_refused() -> None:
     frame = encode(sample(first={"w": torch.ones(8)}), ENVELOPE)
-    with pytest.raises(PayloadError, match="announces none"):
-        from_bytes(to_bytes(frame, omit_blob=True) + frame.blob, max_bytes=ROOM)
+    assert frame.blob is not None
+    blob = bytes(whole(frame.blob))
+    for data in (to_bytes(encode(sample(), ENVELOPE)) + blob, to_bytes(frame) + b"x", to_bytes(frame)[:-1]):
+        with pytest.raises(PayloadError, match="do not match"):
+            from_bytes(data, max_bytes=ROOM)
+
+
+def test_tensors_that_are_announced_count_against_the_cap_before_they_are_there() -> None:
+    short = to_bytes(encode(sample(first={"w": torch.ones(8)}), ENVELOPE), omit_blob=True)
+    room = len(to_bytes(encode(sample(first={"w": torch.ones(8)}), ENVELOPE)))
+    assert from_bytes(short, max_bytes=room).blob_size
+    with pytest.raises(PayloadError, match="at most"):
+        from_bytes(short, max_bytes=room - 1)
+    header = header_of(encode(sample(), ENVELOPE)) | {"blob": {"sha256": "a" * 64, "size": 10**10}}
+    with pytest.raises(PayloadError, match="at most"):
+        from_bytes(message(header), max_bytes=ROOM)
 
 
 EXPECTED = manifest_of({"a": torch.zeros(2, 3), "b": torch.zeros(4)})

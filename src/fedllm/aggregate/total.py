@@ -8,10 +8,13 @@ from collections.abc import Mapping
 import torch
 
 from fedllm.errors import PayloadError
+from fedllm.wire.blob import largest_of
 
 # Values are rounded to multiples of 2**-30 and summed as 64-bit integers, which do not depend on order.
 GRID_BITS = 30
 _LIMIT = 2**63
+# Values are added in pieces that stay in the processor's cache.
+_PIECE = 2**17
 
 
 def to_grid(tensor: torch.Tensor) -> torch.Tensor:
@@ -36,12 +39,41 @@ def _bound_of(tensors: Mapping[str, torch.Tensor], weight: int, counts: Mapping[
     """Return how much one party can add to any accumulator at most, in grid steps."""
     if weight < 1:
         raise PayloadError("PAYLOAD_REFUSED", f"weight {weight} is below 1", where=sender)
-    largest = [float(tensor.abs().max()) for tensor in tensors.values() if tensor.numel()]
-    if not all(map(math.isfinite, [*largest, *counts.values()])):
+    largest = largest_of(tensors)
+    if not all(map(math.isfinite, [largest, *counts.values()])):
         raise PayloadError("NONFINITE", "a value to be summed is not a finite number", where=sender)
     if any(abs(count) >= _LIMIT / 2**GRID_BITS for count in counts.values()):
         raise _overflow("a count", sender)
-    return weight * int(max(largest, default=0.0) * 2.0**GRID_BITS + 1)
+    return weight * int(largest * 2.0**GRID_BITS + 1)
+
+
+class _Pieces:
+    """Buffers for a piece of a tensor, made once: fresh memory costs more than the arithmetic."""
+
+    def __init__(self) -> None:
+        self._floats = {dtype: torch.empty(_PIECE, dtype=dtype) for dtype in (torch.float32, torch.float64)}
+        self._counts = torch.empty(_PIECE, dtype=torch.int64)
+
+    def add(self, total: torch.Tensor, tensor: torch.Tensor, weight: int) -> None:
+        """Add `weight * to_grid(tensor)` to a flat tensor of int64."""
+        # To scale by a power of two and to round are exact in the values' own precision, if it is 32 bits or more.
+        narrow = tensor.is_floating_point() and tensor.dtype != torch.float64
+        buffer = self._floats[torch.float32 if narrow else torch.float64]
+        flat = tensor.detach().to("cpu").reshape(-1)
+        for sums, piece in zip(_pieces_of(total), _pieces_of(flat), strict=True):
+            floats = buffer[: len(piece)].copy_(piece).mul_(2.0**GRID_BITS).round_()
+            sums.add_(self._counts[: len(piece)].copy_(floats), alpha=weight)
+
+    def mean(self, total: torch.Tensor, scale: float) -> torch.Tensor:
+        """Return `total / scale` as float32."""
+        mean, buffer = torch.empty(len(total), dtype=torch.float32), self._floats[torch.float64]
+        for target, piece in zip(_pieces_of(mean), _pieces_of(total), strict=True):
+            target.copy_(buffer[: len(piece)].copy_(piece).div_(scale))
+        return mean
+
+
+def _pieces_of(flat: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return torch.split(flat, _PIECE) if len(flat) > _PIECE else (flat,)
 
 
 class GridSum:
@@ -50,6 +82,8 @@ class GridSum:
     def __init__(self) -> None:
         self.weight = 0
         self._sums: dict[str, torch.Tensor] = {}
+        self._shapes: dict[str, torch.Size] = {}
+        self._pieces = _Pieces()
         self._counts: dict[str, int] = {}
         self._bound = 0
 
@@ -59,7 +93,7 @@ class GridSum:
         """Add `weight * tensors`, and `counts` as they are.
 
         Args:
-            tensors: One party's update; the same names and shapes in every call.
+            tensors: One party's update; the same names and shapes in every call. They are looked at one by one.
             weight: The party's weight, 1 or more.
             counts: Named numbers to be summed, such as loss and tokens.
             sender: The party, for errors.
@@ -73,15 +107,19 @@ class GridSum:
             raise _overflow(f"the update with weight {weight}", sender)
         self._bound, self.weight = bound, self.weight + weight
         for name, tensor in tensors.items():
-            term = to_grid(tensor).mul_(weight)
-            self._sums[name] = self._sums[name].add_(term) if name in self._sums else term
+            if name not in self._sums:
+                self._sums[name] = torch.zeros(tensor.numel(), dtype=torch.int64)
+                self._shapes[name] = tensor.shape
+            self._pieces.add(self._sums[name], tensor, weight)
         for name, value in counts.items():
             self._counts[name] = self._counts.get(name, 0) + round(value * 2**GRID_BITS)
 
     def means(self) -> dict[str, torch.Tensor]:
-        """Return the weighted means of the tensors, float32; empty when nothing was added."""
-        scale = self.weight * 2.0**GRID_BITS
-        return {name: (total.to(torch.float64) / scale).to(torch.float32) for name, total in self._sums.items()}
+        """Return the weighted means of the tensors, float32, and let go of the sums; empty when nothing was added."""
+        scale, means = self.weight * 2.0**GRID_BITS, {}
+        for name in list(self._sums):
+            means[name] = self._pieces.mean(self._sums.pop(name), scale).reshape(self._shapes[name])
+        return means
 
     def counts(self) -> dict[str, float]:
         """Return the sums of the plain counts."""

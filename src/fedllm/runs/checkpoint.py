@@ -1,27 +1,28 @@
-"""Checkpoints: one file per round, digest first, a few generations kept."""
+"""Checkpoints: one file per round, a digest over all of it, a few generations kept."""
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fedllm.errors import PayloadError, StateLost
-from fedllm.runs.jsonl import sync_folder, write_atomic
+from fedllm.runs.jsonl import sync_folder, write_atomic_parts
 from fedllm.scenarios.base import State
-from fedllm.wire.frame import check_finite, decode, encode, from_bytes, to_bytes
-from fedllm.wire.payload import Envelope, Payload, Tensors
+from fedllm.wire.blob import FileBlob, parts_of, write_parts
+from fedllm.wire.frame import Frame, Parcel, check_finite, decode, pack, read_head, unpack
+from fedllm.wire.payload import Envelope, Payload, TensorMap
 
 _MAGIC = b"FLMS"
-_HEAD_BYTES = len(_MAGIC) + 32
+_START = len(_MAGIC) + 32
 
 
 class Saved(Payload):
     """A half's state as it is written to disk."""
 
     fields: dict[str, Any]
-    tensors: Tensors
+    tensors: TensorMap
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Generations:
     keep: int = 2
 
     def save(self, state: State) -> str:
-        """Write a state durably, drop the oldest generation, and return the file's SHA-256.
+        """Write a state durably, drop the oldest generation, and return a digest over all of the file.
 
         Args:
             state: What to keep.
@@ -46,9 +47,12 @@ class Generations:
         """
         check_finite(state.tensors, sender=self.owner)
         self.folder.mkdir(parents=True, exist_ok=True)
-        body = to_bytes(encode(Saved(fields=state.fields, tensors=state.tensors), self._envelope(state.round)))
-        digest = hashlib.sha256(body)
-        write_atomic(self._path(state.round), _MAGIC + digest.digest() + body)
+        parts = list(parts_of({f"tensors/{name}": tensor for name, tensor in state.tensors.items()}))
+        note = write_parts(parts, lambda part: None)
+        head = pack(Frame(self._envelope(state.round), Saved.__name__, {"fields": state.fields}, *note)).head
+        # The head names the digest of the tensors, so its own digest is one over all of the file.
+        digest = hashlib.sha256(head)
+        write_atomic_parts(self._path(state.round), [_MAGIC, digest.digest(), head, *parts])
         for old in self.present()[self.keep :]:
             self._path(old).unlink(missing_ok=True)
         return digest.hexdigest()
@@ -60,7 +64,7 @@ class Generations:
 
     def valid(self) -> list[int]:
         """Return the rounds whose file is whole and of this run, newest first."""
-        return [number for number in self.present() if self._body(number) is not None]
+        return [number for number in self.present() if self._whole(number) is not None]
 
     def load(self, number: int) -> State:
         """Return the state of a round.
@@ -71,21 +75,21 @@ class Generations:
         Raises:
             StateLost: `STATE_CORRUPT`, the file is damaged, missing or of another run.
         """
-        body = self._body(number)
-        if body is None:
+        whole = self._whole(number)
+        if whole is None:
             raise StateLost("STATE_CORRUPT", f"the checkpoint of round {number} is damaged", where=str(self.folder))
-        saved = decode(from_bytes(body, max_bytes=len(body)), {"Saved": Saved})
+        saved = decode(whole[0], {"Saved": Saved})
         assert isinstance(saved, Saved)  # noqa: S101
-        return State(number, saved.tensors, saved.fields)
+        return State(number, dict(saved.tensors), saved.fields)
 
     def digest(self, number: int) -> str:
-        """Return the SHA-256 that `save` returned for a round, or an empty string if its file is not whole.
+        """Return the digest that `save` returned for a round, or an empty string if its file is not whole.
 
         Args:
             number: The round.
         """
-        body = self._body(number)
-        return hashlib.sha256(body).hexdigest() if body is not None else ""
+        whole = self._whole(number)
+        return whole[1] if whole else ""
 
     def forget_after(self, number: int) -> None:
         """Remove the checkpoints of later rounds.
@@ -111,13 +115,21 @@ class Generations:
             recipient=self.owner,
         )
 
-    def _body(self, number: int) -> bytes | None:
+    def _whole(self, number: int) -> tuple[Frame, str] | None:
+        """Return a checkpoint taken apart and the digest over all of it, or None if it is not whole or not ours."""
+        path = self._path(number)
         try:
-            data = self._path(number).read_bytes()
-            body = data[_HEAD_BYTES:]
-            whole = data[:_HEAD_BYTES] == _MAGIC + hashlib.sha256(body).digest()
-            if whole and from_bytes(body, max_bytes=len(body)).envelope == self._envelope(number):
-                return body
+            with path.open("rb") as handle:
+                start, head = handle.read(_START), read_head(handle)
+                digest = hashlib.sha256(head)
+                if start != _MAGIC + digest.digest():
+                    return None
+                frame = unpack(Parcel(head), max_bytes=path.stat().st_size)
+                found = hashlib.file_digest(handle, "sha256").hexdigest() if frame.blob_size else ""
+                size = _START + len(head) + frame.blob_size
         except (OSError, PayloadError):
-            pass
-        return None
+            return None
+        if frame.envelope != self._envelope(number) or found != frame.blob_digest or path.stat().st_size != size:
+            return None
+        blob = FileBlob(path, found, frame.blob_size, start=_START + len(head)) if frame.blob_size else None
+        return replace(frame, blob=blob), digest.hexdigest()

@@ -48,10 +48,24 @@ def write_atomic(path: Path, data: bytes) -> None:
     Raises:
         ResourceError: `DISK_FULL`; the old file is untouched.
     """
+    write_atomic_parts(path, (data,))
+
+
+def write_atomic_parts(path: Path, parts: Iterable[bytes | bytearray | memoryview]) -> None:
+    """Write a file as `write_atomic` does, from pieces that need not be in memory at once.
+
+    Args:
+        path: The file.
+        parts: Its content.
+
+    Raises:
+        ResourceError: `DISK_FULL`; the old file is untouched.
+    """
     draft = path.with_name(path.name + ".tmp")
     try:
         with draft.open("wb") as handle:
-            handle.write(data)
+            for part in parts:
+                handle.write(part)
             handle.flush()
             os.fsync(handle.fileno())
         draft.replace(path)

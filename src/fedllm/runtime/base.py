@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+from fedllm.wire.blob import Blob, Buffer, in_memory
+from fedllm.wire.frame import Frame, Parcel
 from fedllm.wire.payload import Manifest, Payload
 
 # Room for the JSON header beside the tensors.
@@ -13,20 +15,48 @@ HEADROOM_BYTES = 2**20
 SERVER = "server"
 
 
+# (party, answer as it came) -> the answer taken apart if its tensors are still to be fetched, and are worth it.
+Wanted = Callable[[str, Parcel], Frame | None]
+
+
+@dataclass(frozen=True)
+class Seal:
+    """How messages between machines are signed: `sign(text)`, and `verify(sender, text, signature)`, which raises."""
+
+    sign: Callable[[bytes], bytes]
+    verify: Callable[[str, bytes, bytes], None]
+
+
 class Link(Protocol):
-    """Carries messages between the server and the parties. It does not look into them."""
+    """Carries messages between the server and the parties. It does not look into them.
+
+    Within one machine messages are not signed and tensors stay in memory; a link between machines says otherwise.
+    """
+
+    seal: Seal | None = None
 
     @property
     def parties(self) -> tuple[str, ...]:
         """The parties that can be reached, in the job's order."""
         ...
 
-    def exchange(self, messages: Mapping[str, bytes], *, timeout_s: float) -> Iterator[tuple[str, bytes | None]]:
-        """Yield (party, answer) as answers arrive; None for a party that did not answer in time.
+    def keep(self, parts: Iterable[Buffer]) -> Blob:
+        """Return a request's tensors as a blob, for as long as the request is out.
+
+        Args:
+            parts: The blob's bytes in pieces.
+        """
+        return in_memory(parts)
+
+    def exchange(
+        self, messages: Mapping[str, Parcel], *, timeout_s: float, wanted: Wanted
+    ) -> Iterator[tuple[str, Parcel | None]]:
+        """Yield (party, answer) as answers arrive whole; None for a party that did not answer in time.
 
         Args:
             messages: One message per party.
             timeout_s: How long a party may work on its message, in seconds.
+            wanted: Says which tensors to fetch where they do not come along with an answer.
         """
         ...
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from fedllm.aggregate.total import GridSum
 from fedllm.errors import CODES, PayloadError
 from fedllm.runtime.base import HANDSHAKE, HEADROOM_BYTES, SERVER, Link, Timings
 from fedllm.scenarios.base import Reply, Summand, Total
-from fedllm.wire.frame import Frame, check_manifest, decode, encode, from_bytes, to_bytes
+from fedllm.wire.frame import Frame, Parcel, check_manifest, decode, encode, pack, unpack
 from fedllm.wire.ledger import ByteLedger
 from fedllm.wire.payload import Envelope, Failure, Manifest, Payload
 
@@ -49,76 +50,83 @@ class LinkedFederation:
 
     def ask(self, request: Payload, *, round_: int, to: Sequence[str]) -> Iterator[Reply]:
         """Yield each party's answer as it arrives; what could not be used is a `Failure`."""
-        frames = self._frames(request, round_, to)
-        unsent = list(to)
-        # A second pass serves the parties that no longer hold the tensors they were sent by digest.
-        while unsent:
-            retry: list[str] = []
-            messages = {party: self._bytes(frames[party]) for party in unsent}
-            for party, data in self._exchange(messages, round_):
-                payload = self._decoded(data, frames[party].envelope)
-                if isinstance(payload, Failure) and payload.code == "BLOB_MISSING" and party in self._held_by:
-                    del self._held_by[party]
-                    retry.append(party)
-                    continue
-                self._remember(party, frames[party], request, payload)
-                yield Reply(party, payload)
-            unsent = retry
+        for party, payload in self._asked(request, round_, to):
+            # The caller may keep the answer, whose tensors are gone here when the next one is looked at.
+            tensors = {field: dict(getattr(payload, field)) for field in payload.tensor_fields()}
+            yield Reply(party, payload.model_copy(update=tensors) if tensors else payload)
 
     def total(self, request: Payload, *, round_: int, to: Sequence[str], manifest: Manifest) -> Total:
-        """Return the weighted sum of the answers and who is in it, nothing else."""
+        """Return the weighted sum of the answers and who is in it, nothing else.
+
+        One answer's tensors are read at a time, one by one, wherever they lie.
+        """
         grid, inside, failures = GridSum(), [], dict[str, str]()
-        for reply in self.ask(request, round_=round_, to=to):
+        for party, payload in self._asked(request, round_, to):
             started = time.perf_counter()
             try:
-                self._fold(grid, reply, manifest)
-                inside.append(reply.party)
+                _fold(grid, party, payload, manifest)
+                inside.append(party)
             except PayloadError as error:
-                failures[reply.party] = error.code
+                failures[party] = error.code
             self.timings.aggregate += time.perf_counter() - started
         order = [party for party in to if party in inside]
         return Total(tuple(order), grid.means(), grid.weight, grid.counts(), failures)
 
-    def _fold(self, grid: GridSum, reply: Reply, manifest: Manifest) -> None:
-        payload = reply.payload
-        if isinstance(payload, Failure):
-            raise PayloadError(payload.code, "the party failed", where=reply.party)
-        if not isinstance(payload, Summand):
-            raise PayloadError("PAYLOAD_REFUSED", "the answer is not a summand", where=reply.party)
-        check_manifest(payload.tensors, manifest, sender=reply.party)
-        grid.add(payload.tensors, weight=payload.weight, counts=payload.counts, sender=reply.party)
+    def _asked(self, request: Payload, round_: int, to: Sequence[str]) -> Iterator[tuple[str, Payload]]:
+        # The tensors are encoded once, however many parties there are.
+        draft = encode(request, self._envelope(round_, SERVER), keep=self._link.keep)
+        unsent = list(to)
+        try:
+            # A second pass serves the parties that no longer hold the tensors they were sent by digest.
+            while unsent:
+                retry: list[str] = []
+                frames = {party: replace(draft, envelope=self._envelope(round_, party)) for party in unsent}
+                self._sequence += 1
+                for party, answer in self._exchange(frames, round_):
+                    payload = self._decoded(answer, frames[party].envelope)
+                    if isinstance(payload, Failure) and payload.code == "BLOB_MISSING" and party in self._held_by:
+                        del self._held_by[party]
+                        retry.append(party)
+                        continue
+                    self._remember(party, frames[party], request, payload)
+                    try:
+                        yield party, payload
+                    finally:
+                        if answer and answer.blob:
+                            answer.blob.discard()
+                unsent = retry
+        finally:
+            if draft.blob:
+                draft.blob.discard()
 
-    def _frames(self, request: Payload, round_: int, to: Sequence[str]) -> dict[str, Frame]:
-        frames: dict[str, Frame] = {}
-        first: Frame | None = None
-        for party in to:
-            envelope = Envelope(
-                job_digest=self._job_digest,
-                run_id=self._run_id,
-                round=round_,
-                sequence=self._sequence,
-                sender=SERVER,
-                recipient=party,
-            )
-            # The tensors are encoded once, however many parties there are.
-            first = first or encode(request, envelope)
-            frames[party] = Frame(envelope, first.kind, first.fields, first.blob, first.blob_digest)
-        self._sequence += 1
-        return frames
+    def _envelope(self, round_: int, party: str) -> Envelope:
+        return Envelope(
+            job_digest=self._job_digest,
+            run_id=self._run_id,
+            round=round_,
+            sequence=self._sequence,
+            sender=SERVER,
+            recipient=party,
+        )
 
-    def _bytes(self, frame: Frame) -> bytes:
+    def _packed(self, frame: Frame) -> Parcel:
         held = bool(frame.blob) and self._held_by.get(frame.envelope.recipient) == frame.blob_digest
-        return to_bytes(frame, omit_blob=held)
+        return pack(frame, omit_blob=held)
 
-    def _exchange(self, messages: Mapping[str, bytes], round_: int) -> Iterator[tuple[str, bytes | None]]:
-        for party, data in messages.items():
-            self.ledger.add(round_=round_, party=party, direction="down", num_bytes=len(data))
+    def _exchange(self, frames: Mapping[str, Frame], round_: int) -> Iterator[tuple[str, Parcel | None]]:
+        messages = {party: self._packed(frame) for party, frame in frames.items()}
+        for party, parcel in messages.items():
+            self.ledger.add(round_=round_, party=party, direction="down", num_bytes=parcel.num_bytes)
             self._notify("asked", party, round_)
         started = time.perf_counter()
-        for party, answer in self._link.exchange(messages, timeout_s=self._timeout_s):
+
+        def wanted(party: str, parcel: Parcel) -> Frame | None:
+            return self._wanted(parcel, frames[party].envelope)
+
+        for party, answer in self._link.exchange(messages, timeout_s=self._timeout_s, wanted=wanted):
             self.timings.wait += time.perf_counter() - started
             if answer is not None:
-                self.ledger.add(round_=round_, party=party, direction="up", num_bytes=len(answer))
+                self.ledger.add(round_=round_, party=party, direction="up", num_bytes=answer.num_bytes)
             self._notify("answered", party, round_)
             yield party, answer
             started = time.perf_counter()
@@ -131,14 +139,25 @@ class LinkedFederation:
         if request.commits:
             self.trained[party] = frame.envelope.round
 
-    def _decoded(self, data: bytes | None, sent: Envelope) -> Payload:
-        if data is None:
+    def _wanted(self, parcel: Parcel, sent: Envelope) -> Frame | None:
+        try:
+            frame = self._opened(parcel, sent)
+        except PayloadError:
+            # It is refused again, and noted, when it is decoded.
+            return None
+        return frame if frame.blob_digest and not frame.blob else None
+
+    def _opened(self, parcel: Parcel, sent: Envelope) -> Frame:
+        frame = unpack(parcel, max_bytes=self._max_bytes())
+        if frame.envelope != sent.reply():
+            raise PayloadError("PAYLOAD_REFUSED", "the answer belongs to another request", where=sent.recipient)
+        return frame
+
+    def _decoded(self, answer: Parcel | None, sent: Envelope) -> Payload:
+        if answer is None:
             return Failure(code="ROUND_TIMEOUT")
         try:
-            frame = from_bytes(data, max_bytes=self._max_bytes())
-            if frame.envelope != sent.reply():
-                raise PayloadError("PAYLOAD_REFUSED", "the answer belongs to another request", where=sent.recipient)
-            payload = decode(frame, self._kinds)
+            payload = decode(self._opened(answer, sent), self._kinds)
         except PayloadError as error:
             return Failure(code=error.code)
         # A code that this version does not know says no more than that the party failed.
@@ -157,3 +176,12 @@ class LinkedFederation:
 
     def _max_bytes(self) -> int:
         return 2 * self._payload_bytes + 16 * HEADROOM_BYTES
+
+
+def _fold(grid: GridSum, party: str, payload: Payload, manifest: Manifest) -> None:
+    if isinstance(payload, Failure):
+        raise PayloadError(payload.code, "the party failed", where=party)
+    if not isinstance(payload, Summand):
+        raise PayloadError("PAYLOAD_REFUSED", "the answer is not a summand", where=party)
+    check_manifest(payload.tensors, manifest, sender=party)
+    grid.add(payload.tensors, weight=payload.weight, counts=payload.counts, sender=party)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fedllm.errors import FedllmError, PayloadError
 from fedllm.runs.checkpoint import Generations
 from fedllm.runs.metrics import RowFile
 from fedllm.runtime.base import HANDSHAKE, SERVER, Done, Hello, Ready, Restore
-from fedllm.scenarios.base import ClientHalf, Log
-from fedllm.wire.frame import Frame, check_finite, decode, encode, from_bytes, to_bytes, with_blob
+from fedllm.scenarios.base import ClientHalf, Log, Row
+from fedllm.wire.blob import Blob
+from fedllm.wire.frame import Frame, Parcel, check_finite, decode, encode, pack, unpack, with_blob
 from fedllm.wire.payload import Envelope, Failure, Payload
 
 _log = logging.getLogger("fedllm.party")
@@ -22,7 +23,7 @@ _log = logging.getLogger("fedllm.party")
 class Blobs:
     """The last tensors received in a process, by digest; shared by all its parties, since they hold the same."""
 
-    held: dict[str, bytes]
+    held: dict[str, Blob]
 
     def keep(self, frame: Frame) -> None:
         """Keep a message's tensors and forget the ones before."""
@@ -45,18 +46,22 @@ class PartyHost:
     blobs: Blobs
     max_upload_bytes: int | None = None
     client: ClientHalf | None = None
+    _rows: list[Row] = field(default_factory=list)
     _sent: tuple[int, int] = (0, 0)
     _last: int = 0
 
-    def handle(self, data: bytes, *, timeout_s: float) -> bytes:
+    def handle(self, parcel: Parcel, *, timeout_s: float) -> Parcel:
         """Return the answer to one message. Whatever goes wrong leaves as a code; its text stays in the party's log.
 
         Args:
-            data: The message.
+            parcel: The message.
             timeout_s: Time to answer, in seconds.
+
+        Raises:
+            PayloadError: It is no message that could be answered.
         """
         deadline = time.monotonic() + timeout_s
-        frame = from_bytes(data, max_bytes=len(data))
+        frame = unpack(parcel, max_bytes=2**40)
         try:
             self._check_lineage(frame.envelope)
             frame = with_blob(frame, self.blobs.held)
@@ -70,13 +75,13 @@ class PartyHost:
             payload = Failure(code="PARTY_FAILED")
         return self._within_limit(payload, frame.envelope.reply())
 
-    def _within_limit(self, payload: Payload, envelope: Envelope) -> bytes:
-        answer = to_bytes(encode(payload, envelope))
+    def _within_limit(self, payload: Payload, envelope: Envelope) -> Parcel:
+        answer = pack(encode(payload, envelope))
         round_, sent = self._sent
-        sent = len(answer) + (sent if round_ == envelope.round else 0)
+        sent = answer.num_bytes + (sent if round_ == envelope.round else 0)
         if self.max_upload_bytes is not None and sent > self.max_upload_bytes:
             _log.error("party %s: %d bytes in one round are above the site's own limit", self.party, sent)
-            return to_bytes(encode(Failure(code="POLICY_REFUSED"), envelope))
+            return pack(encode(Failure(code="POLICY_REFUSED"), envelope))
         self._sent = envelope.round, sent
         return answer
 
@@ -95,7 +100,10 @@ class PartyHost:
                 return Done()
         if self.client is None:
             raise PayloadError("PAYLOAD_REFUSED", "a request before the handshake", where=self.party)
-        return self._commit(request, round_, deadline) if request.commits else self._handle(request, round_, deadline)
+        try:
+            return (self._commit if request.commits else self._handle)(request, round_, deadline)
+        finally:
+            self._write_rows()
 
     def _handle(self, request: Payload, round_: int, deadline: float) -> Payload:
         assert self.client is not None  # noqa: S101
@@ -110,6 +118,7 @@ class PartyHost:
             # An answer that the server will refuse must not move the party's state on.
             for field in answer.tensor_fields():
                 check_finite(getattr(answer, field), sender=self.party)
+            self._write_rows()
             self.states.save(self.client.state())
         except Exception:
             # A half-trained state must not leak into the next round: go back to the last one saved.
@@ -119,7 +128,7 @@ class PartyHost:
         return answer
 
     def log(self, round_: int, split: str | None, values: Mapping[str, float | int | None]) -> None:
-        """Write metrics to the party's own file.
+        """Note metrics for the party's own file; they are written before the answer leaves.
 
         Args:
             round_: The round.
@@ -127,7 +136,12 @@ class PartyHost:
             values: Metrics by name.
         """
         head = {"round": round_, "party": self.party, "split": split}
-        self.rows.append([head | {"name": name, "value": value} for name, value in values.items()])
+        self._rows += [head | {"name": name, "value": value} for name, value in values.items()]
+
+    def _write_rows(self) -> None:
+        rows, self._rows = self._rows, []
+        if rows:
+            self.rows.append(rows)
 
     def _restorable(self, hello: Hello) -> list[int]:
         valid = {0, *self.states.valid()}

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from fedllm.runtime.base import Link, Wanted
 from fedllm.runtime.host import PartyHost
+from fedllm.wire.frame import Parcel
 
 
-class InProcessLink:
+class InProcessLink(Link):
     """Hands each message to its party's host, one after another. See `fedllm.runtime.base.Link`."""
 
     def __init__(self, hosts: Mapping[str, PartyHost], *, order: tuple[str, ...] | None = None) -> None:
@@ -19,12 +21,15 @@ class InProcessLink:
         """The parties, in the job's order."""
         return tuple(self._hosts)
 
-    def exchange(self, messages: Mapping[str, bytes], *, timeout_s: float) -> Iterator[tuple[str, bytes | None]]:
+    def exchange(
+        self, messages: Mapping[str, Parcel], *, timeout_s: float, wanted: Wanted
+    ) -> Iterator[tuple[str, Parcel | None]]:
         """Yield each party's answer in turn.
 
         Args:
             messages: One message per party.
             timeout_s: How long a party may work; the party itself gives up then.
+            wanted: Not asked: tensors come along.
         """
         for party in self._order:
             if party in messages:

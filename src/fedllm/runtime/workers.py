@@ -17,12 +17,15 @@ from pathlib import Path
 from fedllm.errors import FedllmError, RunFailed, RunPaused
 from fedllm.job.job import LocatedParty
 from fedllm.runs.folder import RunFolder
+from fedllm.runtime.base import Link, Wanted
+from fedllm.wire.blob import MemoryBlob, whole
+from fedllm.wire.frame import Parcel
 
 _READY_TIMEOUT_S = 300.0
 _GRACE_S = 5.0
 
 
-class WorkerLink:
+class WorkerLink(Link):
     """Sends each message to the process of its party. See `fedllm.runtime.base.Link`.
 
     Bytes go over a socket pair, never pickled. A worker ends by itself when this process does.
@@ -49,12 +52,15 @@ class WorkerLink:
         """The parties, in the job's order."""
         return self._names
 
-    def exchange(self, messages: Mapping[str, bytes], *, timeout_s: float) -> Iterator[tuple[str, bytes | None]]:
+    def exchange(
+        self, messages: Mapping[str, Parcel], *, timeout_s: float, wanted: Wanted
+    ) -> Iterator[tuple[str, Parcel | None]]:
         """Yield each party's answer as it arrives; a worker serves its parties one after another.
 
         Args:
             messages: One message per party.
             timeout_s: How long a party may work on its message.
+            wanted: Not asked: tensors come along.
         """
         queues: dict[Connection, deque[str]] = {}
         for party in messages:
@@ -105,27 +111,40 @@ class WorkerLink:
     def _await_ready(self, connection: Connection) -> None:
         if not connection.poll(_READY_TIMEOUT_S):
             raise RunFailed("PARTY_FAILED", "a worker process did not get ready", fix="use fewer workers")
-        answer = json.loads(self._receive(connection, "worker"))
+        try:
+            answer = json.loads(connection.recv_bytes())
+        except (EOFError, OSError):
+            raise _gone("worker") from None
         if answer["code"]:
             raise RunFailed(answer["code"], answer["what"], where=answer["where"], fix=answer["fix"])
 
     def _send(
-        self, connection: Connection, queue: deque[str], messages: Mapping[str, bytes], timeout_s: float
+        self, connection: Connection, queue: deque[str], messages: Mapping[str, Parcel], timeout_s: float
     ) -> float:
         head = json.dumps({"party": queue[0], "timeout_s": timeout_s}).encode()
         try:
             connection.send_bytes(head)
-            connection.send_bytes(messages[queue[0]])
+            _send(connection, messages[queue[0]])
         except OSError:
             raise _gone(queue[0]) from None
         # The party gives up by itself at timeout_s; the grace lets its answer arrive.
         return time.monotonic() + timeout_s + _GRACE_S
 
-    def _receive(self, connection: Connection, party: str) -> bytes:
+    def _receive(self, connection: Connection, party: str) -> Parcel:
         try:
-            return connection.recv_bytes()
+            return _receive(connection)
         except (EOFError, OSError):
             raise _gone(party) from None
+
+
+def _send(connection: Connection, parcel: Parcel) -> None:
+    connection.send_bytes(parcel.head)
+    connection.send_bytes(whole(parcel.blob) if parcel.blob else b"")
+
+
+def _receive(connection: Connection) -> Parcel:
+    head, data = connection.recv_bytes(), connection.recv_bytes()
+    return Parcel(head, MemoryBlob(data) if data else None)
 
 
 def _gone(party: str) -> RunPaused:
@@ -162,8 +181,7 @@ def serve(connection: Connection) -> None:
     connection.send_bytes(json.dumps({"code": ""}).encode())
     while True:
         head = json.loads(connection.recv_bytes())
-        answer = hosts[head["party"]].handle(connection.recv_bytes(), timeout_s=head["timeout_s"])
-        connection.send_bytes(answer)
+        _send(connection, hosts[head["party"]].handle(_receive(connection), timeout_s=head["timeout_s"]))
 
 
 def _end_with(parent: int) -> None:

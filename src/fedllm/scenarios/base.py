@@ -13,7 +13,7 @@ from fedllm.data.tokens import TokenisedExample
 from fedllm.models.adapter import TunableModel
 from fedllm.train.base import LocalTrainer
 from fedllm.train.settings import TrainSettings
-from fedllm.wire.payload import Failure, Manifest, Payload, Tensors
+from fedllm.wire.payload import Failure, Manifest, Payload, TensorMap, Tensors
 
 Row = dict[str, Any]
 Log = Callable[[int, str | None, Mapping[str, float | int | None]], None]
@@ -44,7 +44,7 @@ class Summand(Payload):
 
     weight: int = Field(ge=1, le=2**40)
     counts: dict[str, float]
-    tensors: Tensors
+    tensors: TensorMap
 
 
 @dataclass(frozen=True)

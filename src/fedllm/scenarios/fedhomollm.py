@@ -35,7 +35,7 @@ from fedllm.seeds import stream
 from fedllm.train.base import TrainTask
 from fedllm.train.optimizer import learning_rates, load_optimizer_tensors, make_optimizer, optimizer_tensors
 from fedllm.wire.frame import check_manifest
-from fedllm.wire.payload import Payload, Tensors, manifest_of
+from fedllm.wire.payload import Payload, TensorMap, Tensors, manifest_of
 
 Split = Literal["held_out", "common"]
 
@@ -60,20 +60,20 @@ class SendInitial(Payload):
 class Initial(Payload):
     """Party -> server: the first adapter. It depends on the seed and the base model alone."""
 
-    adapter: Tensors
+    adapter: TensorMap
 
 
 class Train(Payload):
     """Server -> parties: start from this adapter and train for one round."""
 
     commits: ClassVar[bool] = True
-    adapter: Tensors
+    adapter: TensorMap
 
 
 class Evaluate(Payload):
     """Server -> parties: the loss of this adapter on one split."""
 
-    adapter: Tensors
+    adapter: TensorMap
     split: Split
 
 

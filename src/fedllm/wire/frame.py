@@ -1,162 +1,251 @@
-"""Payload <-> bytes: a magic word, a JSON header of bounded size, and one safetensors blob. No pickle."""
+"""Payload <-> bytes: a signed JSON header of bounded size, and one safetensors blob beside it. No pickle."""
 
 from __future__ import annotations
 
-import hashlib
 import json
+import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import IO, Any
 
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load as load_safetensors
-from safetensors.torch import save as save_safetensors
 
 from fedllm.errors import PayloadError
-from fedllm.wire.payload import Envelope, Manifest, Payload, TensorSpec, plain_fields
+from fedllm.wire.blob import (
+    Blob,
+    Buffer,
+    Entry,
+    MemoryBlob,
+    StoredTensors,
+    in_memory,
+    magnitude,
+    parse_json,
+    parts_of,
+    scan,
+    table_of,
+)
+from fedllm.wire.payload import Envelope, Manifest, Payload, manifest_of, plain_fields
 
-_MAGIC = b"FLM1"
-_PREFIX = struct.Struct("<4sI")
+_MAGIC = b"FLM2"
+_PREFIX = struct.Struct("<4sIH")
 MAX_HEADER_BYTES = 16 * 2**20
-# What may travel, in safetensors' words. Other dtypes have no use here, and not all of them can be checked or summed.
-_DTYPES = {"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL"}
+_MAX_SIGNATURE_BYTES = 2048
+_MAX_BLOB_BYTES = 2**48
+
+Keep = Callable[[Iterable[Buffer]], Blob]
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """A message as it travels: its head, and its tensors if they come along."""
+
+    head: bytes
+    blob: Blob | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """Length of both."""
+        return len(self.head) + (self.blob.size if self.blob else 0)
 
 
 @dataclass(frozen=True)
 class Frame:
-    """A message taken apart: `fields` is plain, `blob` is safetensors bytes named by its SHA-256."""
+    """A message taken apart. Its tensors are named by digest and size, whether `blob` came along or not.
+
+    `text` and `signature` are what was signed and by which signature; empty in a message that is still to be sent.
+    """
 
     envelope: Envelope
     kind: str
     fields: dict[str, Any]
-    blob: bytes
-    blob_digest: str
-    blob_sent: bool = True
+    blob_digest: str = ""
+    blob_size: int = 0
+    blob: Blob | None = None
+    text: bytes = b""
+    signature: bytes = b""
 
 
-def encode(payload: Payload, envelope: Envelope) -> Frame:
+def encode(payload: Payload, envelope: Envelope, *, keep: Keep = in_memory) -> Frame:
     """Return the frame of a payload; tensors go to the CPU and are copied.
 
     Args:
         payload: What to send.
         envelope: Whose it is.
+        keep: Makes the blob out of its pieces.
     """
     tensors = {
-        f"{field}/{name}": tensor.detach().to("cpu").contiguous()
+        f"{field}/{name}": tensor
         for field in payload.tensor_fields()
         for name, tensor in getattr(payload, field).items()
     }
-    blob = save_safetensors(tensors) if tensors else b""
-    digest = hashlib.sha256(blob).hexdigest() if blob else ""
-    return Frame(envelope, type(payload).__name__, plain_fields(payload), blob, digest)
+    frame = Frame(envelope, type(payload).__name__, plain_fields(payload))
+    if not tensors:
+        return frame
+    blob = keep(parts_of(tensors))
+    return replace(frame, blob_digest=blob.digest, blob_size=blob.size, blob=blob)
 
 
-def to_bytes(frame: Frame, *, omit_blob: bool = False) -> bytes:
-    """Return the bytes that travel.
+def pack(frame: Frame, *, omit_blob: bool = False, sign: Callable[[bytes], bytes] | None = None) -> Parcel:
+    """Return a frame as it travels.
 
     Args:
         frame: The message.
-        omit_blob: Send only the blob's digest, because the receiver holds the blob already.
+        omit_blob: Name the tensors only, because the receiver holds them already.
+        sign: Returns the sender's signature of the header; unsigned by default.
     """
     header = {
         "envelope": frame.envelope.model_dump(),
         "kind": frame.kind,
         "fields": frame.fields,
-        "blob": {"sha256": frame.blob_digest, "sent": not omit_blob},
+        "blob": {"sha256": frame.blob_digest, "size": frame.blob_size},
     }
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
-    return b"".join([_PREFIX.pack(_MAGIC, len(text)), text, b"" if omit_blob else frame.blob])
+    signature = sign(text) if sign else b""
+    head = b"".join([_PREFIX.pack(_MAGIC, len(text), len(signature)), signature, text])
+    return Parcel(head, None if omit_blob else frame.blob)
+
+
+def join(parcel: Parcel) -> bytes:
+    """Return a parcel as bytes in one piece, for small ones.
+
+    Args:
+        parcel: The message.
+    """
+    data = bytearray(parcel.num_bytes)
+    view = memoryview(data)
+    view[: len(parcel.head)] = parcel.head
+    if parcel.blob:
+        parcel.blob.read_into(0, view[len(parcel.head) :])
+    return bytes(data)
+
+
+def split(data: Buffer) -> Parcel:
+    """Return the parcel that `join` made one piece of; what follows the head are its tensors.
+
+    Args:
+        data: The bytes received.
+
+    Raises:
+        PayloadError: `PAYLOAD_REFUSED`, there is no head.
+    """
+    _, end = _ends(data)
+    if end > len(data):
+        raise _refuse("message is shorter than its header")
+    rest = memoryview(data)[end:]
+    return Parcel(bytes(data[:end]), MemoryBlob(rest) if rest else None)
 
 
 def _refuse(what: str, *, where: str = "") -> PayloadError:
     return PayloadError("PAYLOAD_REFUSED", what, where=where, fix="check that all parties run the same version")
 
 
-def _parse_header(data: bytes, *, max_bytes: int) -> tuple[dict[str, Any], int]:
-    if len(data) > max_bytes:
-        raise _refuse(f"message of {len(data)} bytes, at most {max_bytes} allowed")
-    if len(data) < _PREFIX.size:
-        raise _refuse("message is shorter than its prefix")
-    magic, header_bytes = _PREFIX.unpack_from(data)
-    end = _PREFIX.size + header_bytes
-    if magic != _MAGIC or header_bytes > MAX_HEADER_BYTES or end > len(data):
-        raise _refuse("message has no valid prefix")
-    try:
-        header = json.loads(data[_PREFIX.size : end], object_pairs_hook=_without_duplicates)
-    except (ValueError, RecursionError):
-        raise _refuse("header is not JSON") from None
-    if not isinstance(header, dict) or set(header) != {"envelope", "kind", "fields", "blob"}:
-        raise _refuse("header has other keys than it should")
-    return header, end
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(dict(pairs)) < len(pairs):
-        raise ValueError("a key stands twice")
-    return dict(pairs)
-
-
-def _blob_note(header: dict[str, Any], tail: bytes) -> tuple[str, bool]:
-    note = header["blob"]
-    if not isinstance(note, dict) or set(note) != {"sha256", "sent"} or not isinstance(note["sha256"], str):
-        raise _refuse("header does not describe its tensors")
-    digest, sent = note["sha256"], note["sent"]
-    if not isinstance(sent, bool):
-        raise _refuse("header does not describe its tensors")
-    if not sent and tail:
-        raise _refuse("tensors follow a header that announces none")
-    if sent and (hashlib.sha256(tail).hexdigest() if tail else "") != digest:
-        raise _refuse("tensors do not match their digest")
-    return digest, sent
-
-
-def from_bytes(data: bytes, *, max_bytes: int) -> Frame:
-    """Return the frame in a message, its blob's digest checked if it was sent along.
+def read_head(handle: IO[bytes]) -> bytes:
+    """Return the head that a file goes on with; the file then stands at the first byte after it.
 
     Args:
-        data: The bytes received.
-        max_bytes: Longest message accepted.
+        handle: An open file.
 
     Raises:
-        PayloadError: `PAYLOAD_REFUSED`, the bytes are malformed or too many.
+        PayloadError: `PAYLOAD_REFUSED`, no whole head is there.
     """
-    header, end = _parse_header(data, max_bytes=max_bytes)
+    prefix = handle.read(_PREFIX.size)
+    _, end = _ends(prefix)
+    head = prefix + handle.read(end - len(prefix))
+    if len(head) < end:
+        raise _refuse("message is shorter than its header")
+    return head
+
+
+def _ends(data: Buffer) -> tuple[int, int]:
+    """Return where the header begins and where it ends, as the prefix says."""
+    if len(data) < _PREFIX.size:
+        raise _refuse("message is shorter than its prefix")
+    magic, text_bytes, signature_bytes = _PREFIX.unpack_from(data)
+    if magic != _MAGIC or text_bytes > MAX_HEADER_BYTES or signature_bytes > _MAX_SIGNATURE_BYTES:
+        raise _refuse("message has no valid prefix")
+    start = _PREFIX.size + signature_bytes
+    return start, start + text_bytes
+
+
+def unpack(parcel: Parcel, *, max_bytes: int) -> Frame:
+    """Return the frame in a parcel. Tensors that came along are compared with their digest.
+
+    Args:
+        parcel: The message received.
+        max_bytes: Longest message accepted, tensors included whether they came along or are only announced.
+
+    Raises:
+        PayloadError: `PAYLOAD_REFUSED`, the message is malformed or too long.
+    """
+    if parcel.num_bytes > max_bytes:
+        raise _refuse(f"message of {parcel.num_bytes} bytes, at most {max_bytes} allowed")
+    start, end = _ends(parcel.head)
+    if end != len(parcel.head):
+        raise _refuse("message is not as long as its prefix says")
+    text = parcel.head[start:end]
+    frame = _parsed(text)
+    if frame.blob_size > max_bytes - len(parcel.head):
+        raise _refuse(f"tensors of {frame.blob_size} bytes, at most {max_bytes} allowed", where=frame.envelope.sender)
+    if parcel.blob and (parcel.blob.size, parcel.blob.digest) != (frame.blob_size, frame.blob_digest):
+        raise _refuse("tensors do not match their digest", where=frame.envelope.sender)
+    return replace(frame, blob=parcel.blob, text=text, signature=parcel.head[_PREFIX.size : start])
+
+
+def _parsed(text: bytes) -> Frame:
+    try:
+        header = parse_json(text)
+    except ValueError:
+        raise _refuse("header is not JSON") from None
+    if not isinstance(header, dict) or header.keys() != {"envelope", "kind", "fields", "blob"}:
+        raise _refuse("header has other keys than it should")
     try:
         envelope = Envelope.model_validate(header["envelope"])
     except ValidationError:
         raise _refuse("envelope is malformed") from None
     if not isinstance(header["kind"], str) or not isinstance(header["fields"], dict):
         raise _refuse("header is malformed", where=envelope.sender)
-    tail = data[end:]
-    digest, sent = _blob_note(header, tail)
-    return Frame(envelope, header["kind"], header["fields"], tail, digest, sent)
+    return Frame(envelope, header["kind"], header["fields"], *_blob_note(header["blob"], envelope.sender))
 
 
-def with_blob(frame: Frame, held: Mapping[str, bytes]) -> Frame:
+def _blob_note(note: Any, sender: str) -> tuple[str, int]:
+    if not isinstance(note, dict) or note.keys() != {"sha256", "size"}:
+        raise _refuse("header does not describe its tensors", where=sender)
+    digest, size = note["sha256"], note["size"]
+    # Either both say that there are no tensors, or neither does.
+    is_digest = isinstance(digest, str) and (
+        not digest or (len(digest) == 64 and set(digest) <= set("0123456789abcdef"))
+    )
+    if not is_digest or type(size) is not int or not 0 <= size <= _MAX_BLOB_BYTES or bool(size) != bool(digest):
+        raise _refuse("header does not describe its tensors", where=sender)
+    return digest, size
+
+
+def with_blob(frame: Frame, held: Mapping[str, Blob]) -> Frame:
     """Return the frame with the tensors that it refers to.
 
     Args:
         frame: A received frame.
-        held: Blobs by digest that this receiver holds from earlier messages.
+        held: Blobs by digest that this receiver holds.
 
     Raises:
         PayloadError: `BLOB_MISSING`, the tensors are not held here.
     """
-    if frame.blob_sent or not frame.blob_digest:
+    if frame.blob or not frame.blob_digest:
         return frame
     if frame.blob_digest not in held:
         raise PayloadError("BLOB_MISSING", "the tensors that the message refers to are not held here")
-    return replace(frame, blob=held[frame.blob_digest], blob_sent=True)
+    return replace(frame, blob=held[frame.blob_digest])
 
 
 def decode(frame: Frame, kinds: Mapping[str, type[Payload]]) -> Payload:
     """Return the payload in a frame. Only the given kinds are known; each tensor must be finite.
 
+    Its tensors are read from the frame's blob one by one, when they are looked at.
+
     Args:
-        frame: The message.
+        frame: The message, whole.
         kinds: Payload classes by name: the closed schema of the conversation.
 
     Raises:
@@ -166,35 +255,39 @@ def decode(frame: Frame, kinds: Mapping[str, type[Payload]]) -> Payload:
     cls = kinds.get(frame.kind)
     if cls is None:
         raise _refuse(f"message of unknown kind {frame.kind[:40]!r}", where=sender)
-    tensors: dict[str, dict[str, torch.Tensor]] = {field: {} for field in cls.tensor_fields()}
+    if frame.fields.keys() & set(cls.tensor_fields()):
+        raise _refuse("a tensor field is sent as a plain field", where=sender)
+    if frame.blob_digest and not frame.blob:
+        raise _refuse("its tensors did not arrive", where=sender)
+    tensors: Mapping[str, Mapping[str, torch.Tensor]] = {field: {} for field in cls.tensor_fields()}
+    if frame.blob:
+        tensors = _stored(frame.blob, cls, sender)
     try:
-        for key, tensor in _load_tensors(frame.blob).items():
-            field, _, name = key.partition("/")
-            if field not in tensors:
-                raise _refuse(f"tensor {key[:80]!r} belongs to no field of {frame.kind}", where=sender)
-            _check_finite(tensor, name=name, sender=sender)
-            tensors[field][name] = tensor
-        if frame.fields.keys() & tensors.keys():
-            raise _refuse("a tensor field is sent as a plain field", where=sender)
         return cls.model_validate({**frame.fields, **tensors})
     except ValidationError as error:
         fields = ", ".join(".".join(map(str, item["loc"])) for item in error.errors())
         raise _refuse(f"{frame.kind} has invalid fields: {fields[:200]}", where=sender) from None
-    except (SafetensorError, ValueError, RecursionError):
+
+
+def _stored(blob: Blob, cls: type[Payload], sender: str) -> dict[str, StoredTensors]:
+    try:
+        table = table_of(blob)
+    except ValueError:
         raise _refuse("tensors are not in the safetensors format and dtypes that may travel", where=sender) from None
+    entries: dict[str, dict[str, Entry]] = {field: {} for field in cls.tensor_fields()}
+    for key in sorted(table):
+        field, _, name = key.partition("/")
+        if field not in entries:
+            raise _refuse(f"tensor {key[:80]!r} belongs to no field of {cls.__name__}", where=sender)
+        entries[field][name] = table[key]
+    largest, bad = scan(blob, table)
+    if bad:
+        raise _bad_value(bad.partition("/")[2], sender)
+    return {field: StoredTensors(blob, found, largest.get(field, 0.0)) for field, found in entries.items()}
 
 
-def _load_tensors(blob: bytes) -> dict[str, torch.Tensor]:
-    # The header is read here first: the library lets a name stand twice, and fails on some dtypes.
-    if not blob:
-        return {}
-    header = json.loads(blob[8 : 8 + int.from_bytes(blob[:8], "little")], object_pairs_hook=_without_duplicates)
-    entries = [entry for name, entry in header.items() if name != "__metadata__"] if isinstance(header, dict) else []
-    if not all(isinstance(entry, dict) and entry.get("dtype") in _DTYPES for entry in entries):
-        raise ValueError("a dtype that may not travel")
-    tensors: dict[str, torch.Tensor] = load_safetensors(blob)
-    # The library's order differs from call to call, and sums of floats over a dict follow it.
-    return dict(sorted(tensors.items()))
+def _bad_value(name: str, sender: str) -> PayloadError:
+    return PayloadError("NONFINITE", f"tensor {name[:200]!r} holds NaN or infinity", where=sender)
 
 
 def check_finite(tensors: Mapping[str, torch.Tensor], *, sender: str) -> None:
@@ -208,12 +301,8 @@ def check_finite(tensors: Mapping[str, torch.Tensor], *, sender: str) -> None:
         PayloadError: `NONFINITE`, naming the tensor.
     """
     for name, tensor in tensors.items():
-        _check_finite(tensor, name=name, sender=sender)
-
-
-def _check_finite(tensor: torch.Tensor, *, name: str, sender: str) -> None:
-    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-        raise PayloadError("NONFINITE", f"tensor {name!r} holds NaN or infinity", where=sender)
+        if not math.isfinite(magnitude(tensor)):
+            raise _bad_value(name, sender)
 
 
 def check_manifest(tensors: Mapping[str, torch.Tensor], expected: Manifest, *, sender: str) -> None:
@@ -230,8 +319,10 @@ def check_manifest(tensors: Mapping[str, torch.Tensor], expected: Manifest, *, s
     for name in sorted(set(tensors) ^ set(expected)):
         state = "missing" if name in expected else "not expected"
         raise _refuse(f"tensor {name!r} is {state}", where=sender)
+    specs = tensors.specs if isinstance(tensors, StoredTensors) else manifest_of(tensors)
     for name, spec in expected.items():
-        if (found := TensorSpec.of(tensors[name])) != spec:
+        found = specs[name]
+        if (found.dtype, found.shape) != (spec.dtype, spec.shape):
             raise _refuse(
                 f"tensor {name!r} is {found.dtype}{found.shape}, expected {spec.dtype}{spec.shape}",
                 where=sender,

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, SkipValidation
 
 Tensors = dict[str, torch.Tensor]
+# A payload's tensors: a dict at the sender; at the receiver they may still lie in a file and be read one by one.
+TensorMap = Annotated[Mapping[str, torch.Tensor], SkipValidation]
 _ROLE = r"^[a-z0-9][a-z0-9_-]{0,63}$"
 
 
 class Payload(BaseModel):
-    """A message's content. A subclass declares plain fields (finite numbers) and fields of type `Tensors`.
+    """A message's content. A subclass declares plain fields (finite numbers) and fields of type `TensorMap`.
 
     `commits` marks a request after which the party saves its own state under the request's round.
     """
@@ -27,7 +29,7 @@ class Payload(BaseModel):
     @classmethod
     def tensor_fields(cls) -> tuple[str, ...]:
         """Return the names of the fields that hold tensors."""
-        return tuple(name for name, field in cls.model_fields.items() if field.annotation == Tensors)
+        return tuple(name for name, field in cls.model_fields.items() if field.annotation == Mapping[str, torch.Tensor])
 
 
 class Failure(Payload):

@@ -20,6 +20,7 @@ from nvflare.apis.signal import Signal
 from fedllm.runtime.flare.channel import Channel, Topic
 from fedllm.runtime.flare.link import BEAT_S, HEAD
 from fedllm.runtime.supervise import end_with_parent
+from fedllm.wire.frame import join, split
 
 _log = logging.getLogger("fedllm.party")
 _CALL_S = 30.0
@@ -79,7 +80,7 @@ class PartyExecutor(Executor):
         while not self._stop.is_set():
             body = self._posts.get()
             number, timeout_s = HEAD.unpack_from(body)
-            answer = host.handle(body[HEAD.size :], timeout_s=timeout_s)
+            answer = join(host.handle(split(body[HEAD.size :]), timeout_s=timeout_s))
             self._say("answering")
             self._deliver(HEAD.pack(number, 0.0) + answer)
             self._say("ready")

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from queue import Empty, Queue
 
 from fedllm.errors import RunPaused
+from fedllm.runtime.base import Link, Wanted
 from fedllm.runtime.flare.channel import Channel, Topic
+from fedllm.wire.frame import Parcel, join, split
 
 # A party's process reports every BEAT_S seconds; after LOST_S without a report it is taken for dead.
 BEAT_S = 1.0
@@ -34,7 +36,7 @@ class Seen:
     num_steps: int = 0
 
 
-class FlareLink:
+class FlareLink(Link):
     """Sends each message to its party's process. See `fedllm.runtime.base.Link`."""
 
     def __init__(self, channel: Channel, *, aborted: Callable[[], bool]) -> None:
@@ -54,12 +56,15 @@ class FlareLink:
         """The parties, in the job's order."""
         return self._channel.peers
 
-    def exchange(self, messages: Mapping[str, bytes], *, timeout_s: float) -> Iterator[tuple[str, bytes | None]]:
+    def exchange(
+        self, messages: Mapping[str, Parcel], *, timeout_s: float, wanted: Wanted
+    ) -> Iterator[tuple[str, Parcel | None]]:
         """Yield each party's answer as it arrives; None for one that is late.
 
         Args:
             messages: One message per party.
             timeout_s: How long a party may work on its message.
+            wanted: Not asked: tensors come along.
 
         Raises:
             RunPaused: `PARTY_LOST`, a party's process is gone; `INTERRUPTED`, the job is being stopped.
@@ -67,8 +72,8 @@ class FlareLink:
         self._number += 1
         number, due = self._number, time.monotonic() + timeout_s + _GRACE_S
         self.waiting = dict.fromkeys(messages, time.time())
-        for party, data in messages.items():
-            self._pool.submit(self._post, party, HEAD.pack(number, timeout_s) + data, due)
+        for party, parcel in messages.items():
+            self._pool.submit(self._post, party, HEAD.pack(number, timeout_s) + join(parcel), due)
         while self.waiting:
             try:
                 answered, party, data = self._answers.get(timeout=_RETRY_S)
@@ -80,7 +85,7 @@ class FlareLink:
                 continue
             # An answer to an earlier exchange came too late to be used, and a second one is not counted.
             if answered == number and self.waiting.pop(party, None) is not None:
-                yield party, data
+                yield party, split(data)
 
     def close(self) -> None:
         """Let go of the threads; the processes end with FLARE's job."""

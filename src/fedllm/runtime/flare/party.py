@@ -20,7 +20,7 @@ from fedllm.runs.control import read_object
 from fedllm.runs.folder import attach
 from fedllm.runtime.run import Watch, local_hosts
 from fedllm.runtime.site import open_site, party_tokens
-from fedllm.wire.frame import encode, from_bytes, to_bytes
+from fedllm.wire.frame import Parcel, encode, pack, unpack
 from fedllm.wire.payload import Failure
 
 _log = logging.getLogger("fedllm.party")
@@ -29,7 +29,7 @@ _log = logging.getLogger("fedllm.party")
 class Answers(Protocol):
     """A party of a run, or what stands for one that will not take part."""
 
-    def handle(self, data: bytes, *, timeout_s: float) -> bytes:
+    def handle(self, parcel: Parcel, *, timeout_s: float) -> Parcel:
         """Return the answer to one message."""
         ...
 
@@ -40,15 +40,15 @@ class Refusal:
 
     code: str
 
-    def handle(self, data: bytes, *, timeout_s: float) -> bytes:
+    def handle(self, parcel: Parcel, *, timeout_s: float) -> Parcel:
         """Return the refusal as the answer to a message.
 
         Args:
-            data: The message.
+            parcel: The message.
             timeout_s: Time to answer, in seconds.
         """
-        envelope = from_bytes(data, max_bytes=len(data)).envelope
-        return to_bytes(encode(Failure(code=self.code), envelope.reply()))
+        envelope = unpack(parcel, max_bytes=2**40).envelope
+        return pack(encode(Failure(code=self.code), envelope.reply()))
 
 
 def open_party(site: Path, asked: dict[str, Any], run_id: str, on_step: Callable[[int, int], None]) -> Answers:
