@@ -11,8 +11,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from fedllm.identity.authority import is_loopback
 from fedllm.identity.kit import Kit
 from fedllm.runs.jsonl import write_json
+from fedllm.runtime.flare.transport import LOCAL_SCHEME, TLS_SCHEME
 
 # FLARE loads a class by its path from a job's config only if the path begins with one of these.
 CLASS_ALLOW_LIST = ["fedllm.runtime.flare."]
@@ -36,12 +38,13 @@ def write_workspace(kit: Kit, root: Path, *, admin: Path | None = None) -> list[
     (root / "startup" / "rootCA.pem").write_bytes(kit.ca.read_bytes())
     write_json(root / "local" / "log_config.json", _logs(root.parent / "log.txt"))
     write_json(root / "local" / "authorization.json", _permissions(at_server=admin is not None))
-    write_json(root / "local" / "comm_config.json", {"max_message_size": 64 * 2**20, "allow_adhoc_conns": False})
+    write_json(root / "local" / "comm_config.json", _communication())
     return _client(kit, root) if admin is None else _server(kit, root, admin)
 
 
 def _server(kit: Kit, root: Path, admin: Path) -> list[str]:
-    server = _project(kit) | {
+    # By a public name the server may be behind another address than its machine's own.
+    server = _project(kit, kit.host if is_loopback(kit.host) else "0.0.0.0") | {  # noqa: S104
         "admin_server": kit.host,
         "admin_port": kit.port,
         "ssl_private_key": str(kit.key),
@@ -64,7 +67,7 @@ def _client(kit: Kit, root: Path) -> list[str]:
         "is_leaf": True,
         "connection_security": "mtls",
     }
-    servers = [_project(kit) | {"identity": "server"}]
+    servers = [_project(kit, kit.host) | {"identity": "server"}]
     write_json(root / "startup" / "fed_client.json", {"format_version": 2, "servers": servers, "client": client})
     write_json(root / "local" / "resources.json", _client_resources(kit))
     module = "nvflare.private.fed.app.client.client_train"
@@ -76,8 +79,17 @@ def _options(uid: str) -> list[str]:
     return ["--set", "secure_train=true", *named, f"org={_ORG}", "config_folder=config", "heart_beat_interval=2.0"]
 
 
-def _project(kit: Kit) -> dict[str, Any]:
-    return {"name": kit.project, "service": {"target": f"{kit.host}:{kit.port}", "scheme": "tcp"}}
+def _project(kit: Kit, host: str) -> dict[str, Any]:
+    return {"name": kit.project, "service": {"target": f"{host}:{kit.port}", "scheme": TLS_SCHEME}}
+
+
+def _communication() -> dict[str, Any]:
+    return {
+        "max_message_size": 64 * 2**20,
+        "allow_adhoc_conns": False,
+        "comm_driver_path": str(Path(__file__).parent / "drivers"),
+        "internal": {"scheme": LOCAL_SCHEME, "resources": {"connection_security": "clear"}},
+    }
 
 
 def _component(name: str, path: str, **args: Any) -> dict[str, Any]:
