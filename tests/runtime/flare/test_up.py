@@ -1,0 +1,68 @@
+"""`fedllm up`: real processes, mutual TLS; the same adapter as in one process, whatever is killed on the way."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from deployed import deployed
+from tiny import TinyFederation
+
+pytest.importorskip("nvflare")
+
+Make = Callable[..., TinyFederation]
+PLAN: dict[str, Any] = {
+    "federation.num_rounds": 6,
+    "federation.strategy": {"name": "FedAvgM", "server_momentum": 0.6},
+    "federation.keep": "last",
+    "peft.lora_dropout": 0.1,
+    "train.local_steps": 60,
+}
+KILLS = {2: "client job", 3: "server job", 4: "client parent", 5: "server parent"}
+
+
+@pytest.mark.timeout(280)
+def test_kills_of_each_process_are_recovered_from_without_a_person_and_change_nothing(make_federation: Make) -> None:
+    federation = make_federation(sizes={"north": 6, "south": 5}, job=PLAN)
+    expected = federation.run("unbroken").adapter_sha256
+    with deployed(federation) as up:
+        for number, what in KILLS.items():
+            up.wait_for(lambda number=number: (number, "begin") in up.journal())
+            up.kill(what)
+        assert up.end(seconds=200) == 0
+        assert up.verdict()["adapter_sha256"] == expected
+        assert up.verdict()["status"] == "SUCCESS"
+        commits = [number for number, step in up.journal() if step == "commit"]
+        assert commits == list(range(7))
+        begun = [number for number, step in up.journal() if step == "begin"]
+        assert len(begun) > len(commits)
+        assert wait_until_none(up.processes)
+
+
+def wait_until_none(found: Callable[[], list[Any]], *, seconds: float = 10) -> bool:
+    until = time.monotonic() + seconds
+    while found():
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+@pytest.mark.timeout(200)
+def test_an_interrupted_run_ends_its_processes_and_goes_on_at_the_next_call(make_federation: Make) -> None:
+    federation = make_federation(sizes={"north": 6, "south": 5}, job=PLAN | {"federation.num_rounds": 3})
+    expected = federation.run("unbroken").adapter_sha256
+    with deployed(federation) as up:
+        up.wait_for(lambda: (1, "begin") in up.journal())
+        up.process.send_signal(signal.SIGINT)
+        assert up.end(seconds=40) == 130
+        assert wait_until_none(up.processes)
+        assert up.verdict()["status"] == "PAUSED"
+        before = up.journal()
+    with deployed(federation) as again:
+        assert again.end() == 0
+        assert again.verdict()["adapter_sha256"] == expected
+        assert again.journal()[: len(before)] == before
