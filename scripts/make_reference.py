@@ -1,6 +1,6 @@
 """Write the pages of docs/reference that are made from the code, or check that they are up to date.
 
-    python scripts/make_reference.py           writes cli.md, job-file.md, party-file.md, python-api.md and two schemas
+    python scripts/make_reference.py           writes cli.md, python-api.md, a page and a schema per settings file
     python scripts/make_reference.py --check   exits with 1 when one of them differs
 
 tests/test_reference.py holds them equal, so that no option, key or default changes unnoticed.
@@ -26,15 +26,12 @@ def pages() -> dict[Path, str]:
     """Return the content of each generated page by its path."""
     from fedllm.job.schema import json_schema
 
-    job, party = json_schema("job"), json_schema("party")
-    return {
-        FOLDER / "cli.md": _MADE + cli_page(),
-        FOLDER / "job-file.md": _MADE + file_page(JOB_HEAD, job),
-        FOLDER / "party-file.md": _MADE + file_page(PARTY_HEAD, party),
-        FOLDER / "python-api.md": _MADE + python_page(),
-        FOLDER / "job.schema.json": json.dumps(job, indent=2, ensure_ascii=False) + "\n",
-        FOLDER / "party.schema.json": json.dumps(party, indent=2, ensure_ascii=False) + "\n",
-    }
+    made = {FOLDER / "cli.md": _MADE + cli_page(), FOLDER / "python-api.md": _MADE + python_page()}
+    for kind, head in {"job": JOB_HEAD, "party": PARTY_HEAD, "project": PROJECT_HEAD}.items():
+        schema = json_schema(kind)
+        made[FOLDER / f"{kind}-file.md"] = _MADE + file_page(head, schema)
+        made[FOLDER / f"{kind}.schema.json"] = json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
+    return made
 
 
 # Command line
@@ -43,6 +40,7 @@ CLI_HEAD = """# Command line
 
 Results go to standard output, progress and errors to standard error.
 With `--json` standard output holds one object: `schema_version`, `status`, `exit_code` and `data`.
+What goes on for long (`serve`, `join`, `logs`, `status --follow`) prints one object a line instead, without that frame.
 An error under `--json` has `code`, `what`, `where` and `fix` in `data`.
 The [exit codes](exit-codes.md) and the [error codes](errors.md) are part of the interface.
 `fedllm COMMAND --help` shows the same as this page.
@@ -117,7 +115,7 @@ def _parameter(parameter: Any) -> list[str]:
     return [name, shown, parameter.help or ""]
 
 
-# job.yaml and party.yaml
+# job.yaml, party.yaml and project.yaml
 
 JOB_HEAD = """# job.yaml
 
@@ -134,6 +132,13 @@ PARTY_HEAD = """# party.yaml
 What stays at a site. The file is never sent, and is no part of the job's digest. It is read from `parties/NAME.yaml`
 beside the job file. Relative paths start at the folder of the party file. A site can only tighten what a job asks.
 `fedllm schema party` prints the [JSON Schema](party.schema.json).
+"""
+
+PROJECT_HEAD = """# project.yaml
+
+Who works together between machines, and where the server is. The coordinator's own file; it is not sent. The server's
+folder `coordinator/` is beside it. [Let organisations into a project](../how-to/provision.md) shows how it is used.
+`fedllm schema project` prints the [JSON Schema](project.schema.json).
 """
 
 

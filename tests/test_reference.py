@@ -11,7 +11,8 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 import make_reference  # noqa: E402
 
-NAMES = ("cli.md", "job-file.md", "party-file.md", "python-api.md", "job.schema.json", "party.schema.json")
+KINDS = ("job", "party", "project")
+NAMES = ("cli.md", "python-api.md", *(f"{kind}{end}" for kind in KINDS for end in ("-file.md", ".schema.json")))
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +51,7 @@ def test_every_command_but_schema_has_json(name: str, command: Any) -> None:
     assert any("--json" in parameter.opts for parameter in command.params) == (name != "schema")
 
 
-@pytest.mark.parametrize("kind", ["job", "party"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_key_has_a_description(kind: str) -> None:
     from fedllm.job.schema import json_schema
 
@@ -65,8 +66,11 @@ def test_every_key_has_a_description(kind: str) -> None:
     assert lacking == []
 
 
-def test_the_printed_schema_is_the_published_one(capsys: pytest.CaptureFixture[str], made: dict[str, str]) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_printed_schema_is_the_published_one(
+    capsys: pytest.CaptureFixture[str], made: dict[str, str], kind: str
+) -> None:
     from fedllm.cli.schema import Kind, schema
 
-    schema(Kind.job)
-    assert capsys.readouterr().out == made["job.schema.json"]
+    schema(Kind(kind))
+    assert capsys.readouterr().out == made[f"{kind}.schema.json"]

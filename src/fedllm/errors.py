@@ -75,6 +75,7 @@ CODES: dict[str, str] = {
     "PARTY_FAILED": "A party stopped with an error of its own; the text stays there.",
     "RUN_EXISTS": "The run folder is in use, or holds another job.",
     "RUN_NOT_FOUND": "The folder is not a run.",
+    "RUN_STOPPED": "The run was stopped for good.",
     "RUN_UNFINISHED": "The run has no final adapter yet.",
     "STATE_CORRUPT": "Every generation of the run's state is damaged.",
     "DISK_FULL": "No space is left for the run folder.",

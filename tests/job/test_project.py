@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -46,3 +48,14 @@ def test_a_project_file_is_read_with_its_lines(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         Project.from_yaml(path)
     assert caught.value.where == f"{path}:4" and "certificate_days" in caught.value.fix
+
+
+def test_a_typo_is_explained_without_loading_torch(tmp_path: Path) -> None:
+    file = tmp_path / "project.yaml"
+    file.write_text("name: trial\nserver: {hots: x}\nparties: [north]\n")
+    code = "import sys\nfrom fedllm.errors import ConfigError\nfrom fedllm.job.project import Project\n"
+    code += "try:\n    Project.from_yaml(sys.argv[1])\nexcept ConfigError as error:\n    print(error.fix)\n"
+    code += "print('torch' in sys.modules)"
+    command = [sys.executable, "-c", code, str(file)]
+    found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "did you mean `host`?" in found and found.endswith("False\n")

@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
 if TYPE_CHECKING:
     from fedllm.runtime.run import Watch
 
 Row = dict[str, Any]
+_EVERY_S = 8.0
 
 
 def console() -> Console:
@@ -30,13 +32,17 @@ def live_view(*, quiet: bool = False) -> Iterator[Watch]:
     Args:
         quiet: Show nothing.
     """
+    if not quiet and sys.stderr.isatty():
+        with _Bars() as bars:
+            # Something is to be seen while torch is loaded.
+            from fedllm.runtime.run import Watch
+
+            yield Watch(bars.on_round, bars.on_party, bars.on_step, bars.on_stage, bars.on_wait, bars.on_state)
+        return
     from fedllm.runtime.run import Watch
 
     if quiet:
         yield Watch()
-    elif sys.stderr.isatty():
-        with _Bars() as bars:
-            yield Watch(bars.on_round, bars.on_party, bars.on_step, bars.on_stage, bars.on_wait)
     else:
         lines = _Lines()
         yield Watch(on_round=lines.on_round, on_stage=lines.on_stage, on_wait=lines.on_wait)
@@ -54,10 +60,11 @@ def losses(rows: list[Row]) -> str:
 
 
 class _Lines:
-    """One line per round, for logs."""
+    """One line per round, for logs; between them a line for a new reason to wait, and at least every few seconds."""
 
     def __init__(self) -> None:
         self._stage, self._num_rounds, self._started = "", 0, time.monotonic()
+        self._why, self._said = "", time.monotonic()
 
     def on_stage(self, stage: str, num_rounds: int) -> None:
         self._stage, self._num_rounds = stage, num_rounds
@@ -66,12 +73,19 @@ class _Lines:
 
     def on_round(self, number: int, rows: list[Row]) -> None:
         spent = time.monotonic() - self._started
-        sys.stderr.write(f"{self._stage}: round {number}/{self._num_rounds}, loss {losses(rows)}, {spent:.0f} s\n")
-        sys.stderr.flush()
+        self._say(f"round {number}/{self._num_rounds}, loss {losses(rows)}, {spent:.0f} s")
 
-    def on_wait(self, line: str) -> None:
+    def on_wait(self, why: str, who: str) -> None:
+        # Who does what changes all the time; a new reason to wait is worth a line at once.
+        is_late = time.monotonic() - self._said >= _EVERY_S
+        if is_late or (why and why != self._why):
+            self._say(why or f"waiting for {who}")
+        self._why = why
+
+    def _say(self, line: str) -> None:
         sys.stderr.write(f"{self._stage}: {line}\n")
         sys.stderr.flush()
+        self._said = time.monotonic()
 
 
 class _Bars:
@@ -79,20 +93,25 @@ class _Bars:
 
     def __init__(self) -> None:
         self._rounds = Progress(
-            TextColumn("[bold]{task.description:<24}"),
-            BarColumn(bar_width=24),
+            TextColumn("[bold]{task.description:<20}"),
+            BarColumn(bar_width=20),
             TextColumn("round {task.completed}/{task.total}"),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
         )
         self._parties = Progress(
-            TextColumn("  {task.description:<22}"), BarColumn(bar_width=24), TextColumn("{task.fields[state]}")
+            TextColumn("  {task.description:<18}"), BarColumn(bar_width=20), TextColumn("{task.fields[state]}")
         )
         self._stage: TaskID | None = None
         self._of: dict[str, TaskID] = {}
-        self._live = Live(Group(self._rounds, self._parties), console=console(), refresh_per_second=6)
+        self._why, self._loss = "loading", ""
+        self._live = Live(get_renderable=self._view, console=console(), refresh_per_second=6)
+
+    def _view(self) -> Group:
+        lines = [Text(f"  {self._loss}")] if self._loss else []
+        lines += [Text(f"  {self._why}", style="yellow")] if self._why else []
+        return Group(self._rounds, *lines, self._parties)
 
     def __enter__(self) -> _Bars:
         self._live.start()
@@ -100,6 +119,7 @@ class _Bars:
 
     def __exit__(self, *exc: object) -> None:
         self._clear_parties()
+        self._why = ""
         self._live.stop()
 
     def _clear_parties(self) -> None:
@@ -109,18 +129,19 @@ class _Bars:
 
     def on_stage(self, stage: str, num_rounds: int) -> None:
         self._clear_parties()
+        self._why = ""
         if num_rounds:
-            self._stage = self._rounds.add_task(stage, total=num_rounds, note="")
+            self._stage, self._loss = self._rounds.add_task(stage, total=num_rounds), ""
         else:
             self._live.console.print(f"{stage}: evaluating")
 
     def on_round(self, number: int, rows: list[Row]) -> None:
         if self._stage is not None:
-            self._rounds.update(self._stage, completed=number, note=f"loss {losses(rows)}")
+            self._rounds.update(self._stage, completed=number)
+            self._loss = f"loss after round {number}: {losses(rows)}"
 
-    def on_wait(self, line: str) -> None:
-        if self._stage is not None:
-            self._rounds.update(self._stage, note=line)
+    def on_wait(self, why: str, who: str) -> None:
+        self._why = why
 
     def on_party(self, event: str, party: str, round_: int) -> None:
         self._show_party(party)
@@ -134,3 +155,7 @@ class _Bars:
     def on_step(self, party: str, step: int, num_steps: int) -> None:
         self._show_party(party)
         self._parties.update(self._of[party], completed=step, total=num_steps, state=f"step {step}/{num_steps}")
+
+    def on_state(self, party: str, words: str) -> None:
+        self._show_party(party)
+        self._parties.update(self._of[party], state=words)

@@ -1,4 +1,4 @@
-"""`fedllm schema`: the JSON Schema of job.yaml or party.yaml."""
+"""`fedllm schema`: the JSON Schema of job.yaml, party.yaml or project.yaml."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ class Kind(StrEnum):
 
     job = "job"
     party = "party"
+    project = "project"
 
 
 def schema(kind: Annotated[Kind, typer.Argument(help="Which file.")] = Kind.job) -> None:
-    """Print the JSON Schema of job.yaml or party.yaml, for editors."""
+    """Print the JSON Schema of job.yaml, party.yaml or project.yaml, for editors."""
     from fedllm.job.schema import json_schema
 
     typer.echo(json.dumps(json_schema(kind.value), indent=2, ensure_ascii=False))

@@ -27,5 +27,7 @@ def submit(
         return
     typer.echo(f"run      {run}")
     typer.echo(f"digest   {job.digest}")
-    typer.echo("parties  each approves it with: fedllm approve job.yaml --party party.yaml")
+    typer.echo(f"parties  {', '.join(job.parties)}: each approves it with fedllm approve job.yaml --party party.yaml")
+    if overrides:
+        typer.echo(f"         with --set it is another job than {job_file}: they approve {run / 'job.yaml'}")
     typer.echo(f"next     fedllm status {run}")

@@ -24,10 +24,9 @@ def up(
     quiet: Quiet = False,
 ) -> None:
     """Run a job as between machines, with a server and a client per party on this one; again to go on."""
-    from fedllm.job.job import Job
-    from fedllm.runtime.up import up as run_up
-
-    job = Job.from_yaml(job_file, overrides=overrides)
     with live_view(quiet=quiet) as watch:
-        result = run_up(job, folder=output, watch=watch)
+        from fedllm.job.job import Job
+        from fedllm.runtime.up import up as run_up
+
+        result = run_up(Job.from_yaml(job_file, overrides=overrides), folder=output, watch=watch)
     show_result(result, as_json=as_json)

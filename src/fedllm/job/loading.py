@@ -133,13 +133,14 @@ def settings_at(cls: type[BaseModel], keys: KeyPath, values: Any) -> type[BaseMo
         keys: Path of the section.
         values: The file's values, for the scenario's own section.
     """
-    from fedllm.scenarios import SCENARIOS
-
     current: type[BaseModel] | None = cls
     for depth, key in enumerate(keys):
         if current is None or str(key) not in current.model_fields:
             return None
         if depth == 0 and key == "federation" and "scenario" in cls.model_fields:
+            # Only here, since the scenarios load torch: a party or project file is explained without.
+            from fedllm.scenarios import SCENARIOS
+
             scenario = SCENARIOS.get(str(values.get("scenario", "FedHomoLLM")))
             current = scenario.settings if scenario else None
             continue

@@ -19,7 +19,7 @@ _RESERVED = ("server", "admin", "localhost")
 
 
 class ServerAddress(BaseModel):
-    """Where the parties reach the server."""
+    """The server's address."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 

@@ -1,22 +1,28 @@
-"""The JSON Schemas of the two files, for editors and for the reference."""
+"""The JSON Schemas of job.yaml, party.yaml and project.yaml, for editors and for the reference."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from fedllm.job.job import Job
 from fedllm.job.party import Party
-from fedllm.scenarios import SCENARIOS
+from fedllm.job.project import Project
 
 
 def json_schema(kind: str) -> dict[str, Any]:
     """Return the JSON Schema of a file.
 
     Args:
-        kind: `job` or `party`.
+        kind: `job`, `party` or `project`.
     """
-    if kind == "party":
-        return Party.model_json_schema()
+    if kind == "job":
+        return _job_schema()
+    return (Party if kind == "party" else Project).model_json_schema()
+
+
+def _job_schema() -> dict[str, Any]:
+    from fedllm.job.job import Job
+    from fedllm.scenarios import SCENARIOS
+
     schema = Job.model_json_schema()
     # What `federation` holds depends on `scenario`; the model's own schema knows only what all scenarios share.
     settings = []

@@ -12,6 +12,12 @@ from fedllm.runs.jsonl import write_json
 
 Wanted = Literal["run", "pause", "stop"]
 
+# A run that paused for one of these is taken up again by itself; all else waits for `fedllm resume`.
+PASSES = frozenset({"INTERRUPTED", "PARTY_LOST", "ROUND_TIMEOUT", "QUORUM"})
+CONTROL = "control.json"
+# In the state folder of a site: held as long as `fedllm serve` or `join` runs there.
+SUPERVISOR_LOCK = ".supervisor"
+
 
 def want(run: Path, wanted: Wanted) -> None:
     """Write what is wanted of a run; whoever keeps it acts on it within a second.
@@ -20,7 +26,7 @@ def want(run: Path, wanted: Wanted) -> None:
         run: The run folder.
         wanted: `run`, `pause` or `stop`.
     """
-    write_json(run / "control.json", {"wanted": wanted, "time": now()})
+    write_json(run / CONTROL, {"wanted": wanted, "time": now()})
 
 
 def wanted(run: Path) -> Wanted | None:
@@ -29,7 +35,7 @@ def wanted(run: Path) -> Wanted | None:
     Args:
         run: The run folder.
     """
-    found = read_object(run / "control.json").get("wanted")
+    found = read_object(run / CONTROL).get("wanted")
     return found if found in ("run", "pause", "stop") else None
 
 
@@ -61,9 +67,18 @@ def is_worked_on(run: Path) -> bool:
     Args:
         run: The run folder.
     """
+    return is_held(run / ".lock")
+
+
+def is_held(lock: Path) -> bool:
+    """Return whether a process holds a lock. To find out, it is shared for a moment: who takes it must try twice.
+
+    Args:
+        lock: The file.
+    """
     try:
-        with (run / ".lock").open("r") as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        with lock.open("r") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False
     except OSError:

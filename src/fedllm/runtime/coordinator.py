@@ -1,26 +1,28 @@
-"""Runs between machines, as the coordinator sees them: submit one, look at it, pause it, go on, stop it."""
+"""Runs between machines, as the coordinator keeps them: submit one, pause it, let it go on, stop it for good."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from fedllm.errors import ConfigError
+from fedllm.errors import ConfigError, nearest
 from fedllm.identity.files import CoordinatorFolder
-from fedllm.job.job import Job
 from fedllm.job.project import Project
-from fedllm.models.load import find_base
-from fedllm.runs.control import is_worked_on, read_object, verdict, want, wanted
-from fedllm.runs.folder import RunFolder, last_commit, run_identity
-from fedllm.runs.plan_files import read_plan, write_plan
+from fedllm.runs.control import CONTROL, SUPERVISOR_LOCK, is_held, is_worked_on, read_object, verdict, want, wanted
+from fedllm.runs.folder import RunFolder, run_identity
+from fedllm.runtime.status import STALE_S, age_s, modified
 
-_STALE_S = 10.0
+if TYPE_CHECKING:
+    from fedllm.job.job import Job, LocatedParty
 
 
-def submit(job: Job, project_file: Path, *, parties: list[Any] | None = None) -> Path:
+def submit(job: Job, project_file: Path, *, parties: list[LocatedParty] | None = None) -> Path:
     """Return the folder of a new run at the coordinator; the server begins it once all parties are connected.
+
+    The run of a job that was stopped stays as it is; the job gets another run.
 
     Args:
         job: The job.
@@ -31,99 +33,64 @@ def submit(job: Job, project_file: Path, *, parties: list[Any] | None = None) ->
         ConfigError: The job names parties that are not in the project, or a run of it exists.
         ModelError: The base model's config is not here; the weights need not be.
     """
+    # Who only looks at runs does without torch.
+    from fedllm.models.load import find_base
+    from fedllm.runs.plan_files import write_plan
+
     project = Project.from_yaml(project_file)
     for party in job.parties:
         if party not in project.parties:
-            raise ConfigError(
-                "PARTY_UNKNOWN",
-                f"the job names `{party}`, which is no party of the project {project.name}",
-                where="parties",
-                fix=f"parties of the project: {', '.join(project.parties)}",
-            )
+            what = f"the job names `{party}`, which is no party of the project {project.name}"
+            fix = f"{nearest(party, project.parties)} A new party goes into {project_file}, and is provisioned"
+            raise ConfigError("PARTY_UNKNOWN", what, where=job.origins.get("parties", "parties"), fix=fix)
     find_base(job.model, base_dir=job.base_dir)
-    path = CoordinatorFolder.beside(project_file).site / "state" / "runs" / f"{job.name}-{job.digest[:8]}"
-    run = RunFolder.create(path, job_digest=job.digest)
-    try:
-        write_plan(run, job, parties or [])
-    finally:
-        run.close()
+    path = _place(job, project_file)
+    if not (path / "local.json").exists():
+        run = RunFolder.create(path, job_digest=job.digest)
+        try:
+            write_plan(run, job, parties or [])
+        finally:
+            run.close()
     want(path, "run")
     return path
 
 
-@dataclass(frozen=True)
-class RunStatus:
-    """A run between machines at this moment."""
-
-    path: Path
-    state: str
-    round: int | None
-    num_rounds: int
-    waiting: tuple[str, ...]
-    since: str
-    why: str
-    next: str
-
-    def to_json(self) -> dict[str, Any]:
-        """Return it as a JSON value."""
-        fields = ("state", "round", "num_rounds", "waiting", "since", "why", "next")
-        return {"run": str(self.path)} | {name: getattr(self, name) for name in fields}
+def _place(job: Job, project_file: Path) -> Path:
+    for path in _places(job, project_file):
+        if wanted(path) is None:
+            return path
+        if wanted(path) == "stop":
+            continue
+        if verdict(path).get("status") in ("SUCCESS", "PARTIAL"):
+            fix = f"`fedllm eval {path}`; with another `seed` or `name` it is another job"
+            raise ConfigError("RUN_EXISTS", "the job ran already to its end", where=str(path), fix=fix)
+        fix = f"`fedllm status {path}` says how far it is"
+        raise ConfigError("RUN_EXISTS", "the job was submitted already", where=str(path), fix=fix)
+    raise AssertionError
 
 
-def status(run: Path) -> RunStatus:
-    """Return what a run is doing, who is waited for, since when and why, and the next command.
+def _places(job: Job, project_file: Path) -> Iterator[Path]:
+    first = _runs(project_file) / f"{job.name}-{job.digest[:8]}"
+    yield first
+    for number in count(2):
+        yield first.with_name(f"{first.name}-{number}")
+
+
+def run_of(job: Job, project_file: Path) -> Path | None:
+    """Return the run of a job that was submitted and not stopped, or None.
 
     Args:
-        run: The run folder.
-
-    Raises:
-        ConfigError: `RUN_NOT_FOUND`.
+        job: The job.
+        project_file: The project's file.
     """
-    run_identity(run)
-    job, _ = read_plan(run)
-    found, want_ = verdict(run), wanted(run)
-    clerk = read_object(run.parent.parent / "clerk.json")
-    kept = clerk.get("runs", {}).get(run.name, {})
-
-    def made(state: str, why: str, next_: str, waiting: tuple[str, ...] = (), since: str = "") -> RunStatus:
-        return RunStatus(run, state, last_commit(run), job.federation.num_rounds, waiting, since, why, next_)
-
-    if is_worked_on(run):
-        live = read_object(run / "live.json")
-        waiting = tuple(f"{name} ({_doing(live, name)})" for name in live.get("waiting_s", {}))
-        longest = max(live.get("waiting_s", {}).values(), default=0.0)
-        why = "pausing" if want_ != "run" else f"waiting for answers, {longest:.0f} s so far" if waiting else ""
-        return made("RUNNING", why, f"fedllm logs {run}", waiting)
-    if found.get("status") in ("SUCCESS", "PARTIAL"):
-        return made(found["status"], found["reason"], f"fedllm eval {run}")
-    if found.get("status") == "FAILED" or want_ != "run":
-        state = "FAILED" if found.get("status") == "FAILED" else "STOPPED" if want_ == "stop" else "PAUSED"
-        return made(state, found.get("reason", "as it was asked to"), f"fedllm resume {run}")
-    if _age(clerk.get("time")) > _STALE_S:
-        return made(
-            "WAITING", "the server does not run", "fedllm serve project.yaml", ("server",), clerk.get("time", "")
-        )
-    if missing := tuple(kept.get("waiting_for", ())):
-        why = f"not connected: {', '.join(missing)}"
-        return made("WAITING", why, "at each of these sites: fedllm join party.yaml", missing, kept.get("since", ""))
-    if found.get("status") == "PAUSED" and not kept.get("job_id"):
-        return made("PAUSED", found["reason"], f"fedllm resume {run}")
-    return made(
-        "STARTING", kept.get("why", "") or "the processes of the job are on their way up", f"fedllm status {run}"
-    )
+    for path in _places(job, project_file):
+        if wanted(path) != "stop":
+            return path if wanted(path) is not None else None
+    raise AssertionError
 
 
-def _doing(live: dict[str, Any], party: str) -> str:
-    seen = live.get("parties", {}).get(party, {})
-    steps = f" step {seen['step']}/{seen['num_steps']}" if seen.get("num_steps") else ""
-    silent = f", silent for {seen['silent_s']:.0f} s" if seen.get("silent_s", 0) > 3 else ""
-    return f"{seen.get('stage', 'starting')}{steps}{silent}"
-
-
-def _age(moment: str | None) -> float:
-    if not moment:
-        return float("inf")
-    return (datetime.now(UTC) - datetime.fromisoformat(moment)).total_seconds()
+def _runs(project_file: Path) -> Path:
+    return CoordinatorFolder.beside(project_file).site / "state" / "runs"
 
 
 def runs_of(project_file: Path) -> list[Path]:
@@ -132,20 +99,83 @@ def runs_of(project_file: Path) -> list[Path]:
     Args:
         project_file: The project's file.
     """
-    runs = CoordinatorFolder.beside(project_file).site / "state" / "runs"
-    return sorted((path.parent for path in runs.glob("*/control.json")), key=lambda path: path.stat().st_ctime)
+    paths = (path.parent for path in _runs(project_file).glob(f"*/{CONTROL}"))
+    return sorted(paths, key=lambda path: (path / "run.json").stat().st_mtime)
+
+
+@dataclass(frozen=True)
+class ServerStatus:
+    """The server of a project at this moment."""
+
+    state: Literal["RUNNING", "STARTING", "DOWN"]
+    since: str
+    connected: tuple[str, ...]
+    missing: tuple[str, ...]
+    next: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as a JSON value."""
+        return asdict(self)
+
+
+def server_status(project_file: Path) -> ServerStatus:
+    """Return whether a project's server runs, since when, and which parties are connected to it.
+
+    Args:
+        project_file: The project's file.
+
+    Raises:
+        ConfigError: The file is wrong.
+    """
+    project = Project.from_yaml(project_file)
+    state = _runs(project_file).parent
+    clerk, lock = read_object(state / "clerk.json"), state / SUPERVISOR_LOCK
+    last = str(clerk.get("time", ""))
+    if not is_held(lock):
+        return ServerStatus("DOWN", last, (), tuple(project.parties), f"fedllm serve {project_file}")
+    if age_s(last) > STALE_S:
+        return ServerStatus("STARTING", modified(lock), (), tuple(project.parties), f"fedllm status {project_file}")
+    connected = tuple(str(name) for name in clerk.get("connected", ()))
+    missing = tuple(party for party in project.parties if party not in connected)
+    next_ = f"at {', '.join(missing)}: fedllm join party.yaml" if missing else "fedllm submit job.yaml"
+    return ServerStatus("RUNNING", modified(lock), connected, missing, next_)
 
 
 def go_on(run: Path) -> None:
-    """Let a paused run go on.
+    """Let a run go on that was paused, or that failed for a reason that is mended.
 
     Args:
         run: The run folder.
 
     Raises:
-        ConfigError: `RUN_NOT_FOUND`.
+        ConfigError: `RUN_NOT_FOUND`, or `RUN_STOPPED`.
     """
-    run_identity(run)
+    _check_kept(run)
     if verdict(run).get("status") in ("PAUSED", "FAILED") and not is_worked_on(run):
         (run / "result.json").unlink(missing_ok=True)
     want(run, "run")
+
+
+def ask(run: Path, asked: Literal["pause", "stop"]) -> None:
+    """Ask for a run to be paused, or stopped for good. A run that is over stays as it is.
+
+    Args:
+        run: The run folder.
+        asked: What is asked.
+
+    Raises:
+        ConfigError: `RUN_NOT_FOUND`, or `RUN_STOPPED`.
+    """
+    _check_kept(run)
+    if verdict(run).get("status") not in ("SUCCESS", "PARTIAL"):
+        want(run, asked)
+
+
+def _check_kept(run: Path) -> None:
+    run_identity(run)
+    if wanted(run) is None:
+        fix = "a run of one machine is paused with Ctrl-C, and `fedllm resume RUN` goes on with it"
+        raise ConfigError("RUN_NOT_FOUND", "no run between machines is in this folder", where=str(run), fix=fix)
+    if wanted(run) == "stop":
+        fix = "`fedllm submit job.yaml` begins a new run of the same job; what is committed stays in this folder"
+        raise ConfigError("RUN_STOPPED", "the run was stopped for good", where=str(run), fix=fix)

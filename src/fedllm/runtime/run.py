@@ -41,14 +41,16 @@ class Watch:
     """Callbacks for a live view.
 
     `on_stage(name, num_rounds)`, `on_round(number, rows)`, `on_party("asked" or "answered", party, round)`, and
-    `on_step(party, step, num_steps)` where its steps are known here, and `on_wait(line)` while nothing can begin.
+    `on_step(party, step, num_steps)` where its steps are known here, `on_state(party, words)` with what a party does,
+    and again and again `on_wait(why, who)`: why nothing can be done yet, and who is waited for.
     """
 
     on_round: Callable[[int, list[Row]], None] = lambda number, rows: None
     on_party: Callable[[str, str, int], None] = lambda event, party, round_: None
     on_step: Callable[[str, int, int], None] = lambda party, step, num_steps: None
     on_stage: Callable[[str, int], None] = lambda stage, num_rounds: None
-    on_wait: Callable[[str], None] = lambda line: None
+    on_wait: Callable[[str, str], None] = lambda why, who: None
+    on_state: Callable[[str, str], None] = lambda party, words: None
 
 
 @dataclass(frozen=True)
@@ -267,7 +269,9 @@ def concluding(run: RunFolder) -> Iterator[None]:
     except FedllmError as error:
         error.fix = error.fix.replace("fedllm resume RUN", f"fedllm resume {run.path}")
         paused = isinstance(error, RunPaused | ResourceError)
-        conclude(run, "PAUSED" if paused else "FAILED", f"{error.what} [{error.code}]", code=error.code)
+        reason = f"{error.where}: {error.what}" if error.where else error.what
+        status = "PAUSED" if paused else "FAILED"
+        conclude(run, status, f"{reason} [{error.code}]", code=error.code, where=error.where)
         raise
     except Exception as error:
         conclude(run, "FAILED", f"An unexpected {type(error).__name__}: a fault of fedllm.", code="UNEXPECTED")
@@ -279,7 +283,7 @@ def concluding(run: RunFolder) -> Iterator[None]:
         raise
 
 
-def conclude(run: RunFolder, status: str, reason: str, *, code: str) -> None:
+def conclude(run: RunFolder, status: str, reason: str, *, code: str, where: str = "") -> None:
     """Write a verdict and the report that goes with it.
 
     Args:
@@ -287,20 +291,22 @@ def conclude(run: RunFolder, status: str, reason: str, *, code: str) -> None:
         status: `PAUSED` or `FAILED`.
         reason: One sentence.
         code: A stable code.
+        where: The party or the file where it happened, as in the error.
     """
     event = {"PAUSED": "run_paused", "FAILED": "run_failed"}[status]
     # A full disk may be why the run stops: the error that says so must get through.
     with suppress(ResourceError):
         run.event(event, code=code, detail=reason)
         result = RunResult(run.path, status, run.last_commit() or 0, None, None)
-        _write_result(run, result, code=code, reason=reason, again=f"fedllm resume {run.path}")
+        facts = {"code": code, "where": where, "reason": reason, "next": f"fedllm resume {run.path}"}
+        _write_result(run, result, facts)
         write_report(run.path)
 
 
-def _write_result(run: RunFolder, result: RunResult, *, code: str | None, reason: str, again: str) -> None:
-    facts = {"status": result.status, "code": code, "reason": reason, "next": again, "rounds": result.rounds}
-    facts |= {"best_round": result.best_round, "adapter_sha256": result.adapter_sha256}
-    write_json(run.path / "result.json", facts)
+def _write_result(run: RunFolder, result: RunResult, facts: Mapping[str, str | None]) -> None:
+    found = {"status": result.status, **facts, "rounds": result.rounds}
+    found |= {"best_round": result.best_round, "adapter_sha256": result.adapter_sha256}
+    write_json(run.path / "result.json", found)
 
 
 def finish(run: RunFolder, job: Job, parties: list[LocatedParty], outcome: Outcome) -> RunResult:
@@ -321,7 +327,8 @@ def finish(run: RunFolder, job: Job, parties: list[LocatedParty], outcome: Outco
     reason += f"; {', '.join(failed)} missed at least one." if failed else " with every party asked."
     run.event("run_finished", detail=status)
     result = RunResult(run.path, status, outcome.state.round, best, sha256)
-    _write_result(run, result, code=None, reason=reason, again=f"fedllm eval {run.path}")
+    facts = {"code": None, "where": "", "reason": reason, "next": f"fedllm eval {run.path}"}
+    _write_result(run, result, facts)
     write_pages(run.path)
     return result
 

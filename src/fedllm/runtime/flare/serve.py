@@ -71,7 +71,7 @@ def _keep(site: Path, what: str, start: Callable[[], tuple[Kit, list[str]]], say
         said = ""
         try:
             while True:
-                if process.pid is None and process.starts:
+                if process.has_ended():
                     say(f"{what}: FLARE's process ended with {process.last_exit}; it is started again")
                     # Whatever was changed in the meantime is found before anything runs on it.
                     start()
