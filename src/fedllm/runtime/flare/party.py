@@ -17,9 +17,11 @@ from fedllm.job.job import Job, LocatedParty
 from fedllm.job.loading import load_model
 from fedllm.job.party import Party
 from fedllm.runs.control import read_object
-from fedllm.runs.folder import attach
+from fedllm.runs.folder import RunFolder, attach
+from fedllm.runtime.host import PartyHost
 from fedllm.runtime.run import Watch, local_hosts
 from fedllm.runtime.site import open_site, party_tokens
+from fedllm.runtime.validate import upload_limits
 from fedllm.wire.frame import Parcel, encode, pack, unpack
 from fedllm.wire.payload import Failure
 
@@ -32,6 +34,31 @@ class Answers(Protocol):
     def handle(self, parcel: Parcel, *, timeout_s: float) -> Parcel:
         """Return the answer to one message."""
         ...
+
+    def close(self) -> None:
+        """Let go of the party's folder."""
+        ...
+
+
+@dataclass(frozen=True)
+class Member:
+    """A party that takes part."""
+
+    host: PartyHost
+    run: RunFolder
+
+    def handle(self, parcel: Parcel, *, timeout_s: float) -> Parcel:
+        """Return the answer to one message.
+
+        Args:
+            parcel: The message.
+            timeout_s: Time to answer, in seconds.
+        """
+        return self.host.handle(parcel, timeout_s=timeout_s)
+
+    def close(self) -> None:
+        """Let go of the party's folder."""
+        self.run.close()
 
 
 @dataclass(frozen=True)
@@ -49,6 +76,9 @@ class Refusal:
         """
         envelope = unpack(parcel, max_bytes=2**40).envelope
         return pack(encode(Failure(code=self.code), envelope.reply()))
+
+    def close(self) -> None:
+        """Nothing is held."""
 
 
 def open_party(site: Path, asked: dict[str, Any], run_id: str, on_step: Callable[[int, int], None]) -> Answers:
@@ -83,8 +113,15 @@ def _opened(site: Path, asked: dict[str, Any], run_id: str, on_step: Callable[[i
         job = job.located(Path(approval.base_dir))
     run = attach(site / "state" / "runs" / run_id, run_id=run_id, job_digest=job.digest)
     loaded = open_site(job, [located])
+    if refused := upload_limits(job, [located], loaded.model):
+        raise refused[0]
     watch = Watch(on_step=lambda _, step, of: on_step(step, of))
-    return local_hosts(loaded, {kit.name: party_tokens(loaded, located)}, run, watch=watch)[kit.name]
+    try:
+        hosts = local_hosts(loaded, {kit.name: party_tokens(loaded, located)}, run, watch=watch)
+    except BaseException:
+        run.close()
+        raise
+    return Member(hosts[kit.name], run)
 
 
 def _checked(asked: dict[str, Any]) -> Job:
