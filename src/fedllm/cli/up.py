@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +11,7 @@ import typer
 
 from fedllm.cli.live import live_view
 from fedllm.cli.run import AsJson, JobFile, Overrides, Quiet, show_result
+from fedllm.errors import FedllmError
 
 Folder = Annotated[
     Path | None, typer.Option("--output", "-o", help="Keys, kits, states and the run. Default: up/NAME-DIGEST.")
@@ -28,5 +31,11 @@ def up(
         from fedllm.job.job import Job
         from fedllm.runtime.up import up as run_up
 
-        result = run_up(Job.from_yaml(job_file, overrides=overrides), folder=output, watch=watch)
+        try:
+            result = run_up(Job.from_yaml(job_file, overrides=overrides), folder=output, watch=watch)
+        except FedllmError:
+            raise
+        except BaseException as stop:
+            stop.add_note("go on with the same command: fedllm " + shlex.join(sys.argv[1:]))
+            raise
     show_result(result, as_json=as_json)

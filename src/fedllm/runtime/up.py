@@ -76,7 +76,7 @@ def _up(job: Job, root: Path, parties: list[LocatedParty], watch: Watch) -> RunR
             _follow(run, kept, watch)
         except BaseException as stop:
             _pause(run)
-            stop.add_note(f"paused; the same command goes on with it; the run is in {run}")
+            stop.add_note(f"paused at its last committed round; the run is in {run}")
             raise
     return _result_or_error(run)
 
@@ -236,8 +236,8 @@ def _pause(run: Path) -> None:
 
 
 def _result_or_error(run: Path) -> RunResult:
-    now, result = run_status(run), read_result(run)
-    if result is not None and now.state in ("SUCCESS", "PARTIAL"):
+    now = run_status(run)
+    if now.state in ("SUCCESS", "PARTIAL") and (result := read_result(run)):
         return result
     code = verdict(run).get("code") or "INTERRUPTED"
     if now.state == "STOPPED":
