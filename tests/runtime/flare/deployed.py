@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from tiny import TinyFederation
 
 # What tells FLARE's processes from each other; PARTY is put in.
-_SIGNS = {
+SIGNS = {
     "server parent": ("server_train",),
     "server job": ("runner_process",),
     "client parent": ("client_train", "uid=PARTY"),
@@ -53,7 +52,7 @@ class Deployed:
         return [item for item in psutil.process_iter() if str(self.root) in _command(item)]
 
     def find(self, what: str, *, party: str = "north") -> psutil.Process:
-        signs = [sign.replace("PARTY", party) for sign in _SIGNS[what]]
+        signs = [sign.replace("PARTY", party) for sign in SIGNS[what]]
         found = [item for item in self.processes() if all(sign in _command(item) for sign in signs)]
         assert len(found) == 1, f"{what}: {found}"
         return found[0]
@@ -89,16 +88,16 @@ def _command(process: psutil.Process) -> str:
 
 
 @contextmanager
-def deployed(federation: TinyFederation, name: str = "up") -> Iterator[Deployed]:
-    """Start `fedllm up` for a federation; whatever is left of it at the end is killed by its id.
+def deployed(job_file: Path, root: Path, *options: str) -> Iterator[Deployed]:
+    """Start `fedllm up` for a job; whatever is left of it at the end is killed by its id.
 
     Args:
-        federation: The federation.
-        name: The folder of keys and states in the federation's.
+        job_file: The job.
+        root: The folder of keys and states.
+        options: More options of the command.
     """
-    root = federation.folder / name
     root.mkdir(exist_ok=True)
-    command = [sys.executable, "-m", "fedllm", "up", str(federation.job_file), "--output", str(root)]
+    command = [sys.executable, "-m", "fedllm", "up", str(job_file), "--output", str(root), *options]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with (root / "up.log").open("ab") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)

@@ -28,7 +28,7 @@ KILLS = {2: "client job", 3: "server job", 4: "client parent", 5: "server parent
 def test_kills_of_each_process_are_recovered_from_without_a_person_and_change_nothing(make_federation: Make) -> None:
     federation = make_federation(sizes={"north": 6, "south": 5}, job=PLAN)
     expected = federation.run("unbroken").adapter_sha256
-    with deployed(federation) as up:
+    with deployed(federation.job_file, federation.folder / "up") as up:
         for number, what in KILLS.items():
             up.wait_for(lambda number=number: (number, "begin") in up.journal())
             up.kill(what)
@@ -55,14 +55,14 @@ def wait_until_none(found: Callable[[], list[Any]], *, seconds: float = 10) -> b
 def test_an_interrupted_run_ends_its_processes_and_goes_on_at_the_next_call(make_federation: Make) -> None:
     federation = make_federation(sizes={"north": 6, "south": 5}, job=PLAN | {"federation.num_rounds": 3})
     expected = federation.run("unbroken").adapter_sha256
-    with deployed(federation) as up:
+    with deployed(federation.job_file, federation.folder / "up") as up:
         up.wait_for(lambda: (1, "begin") in up.journal())
         up.process.send_signal(signal.SIGINT)
         assert up.end(seconds=40) == 130
         assert wait_until_none(up.processes)
         assert up.verdict()["status"] == "PAUSED"
         before = up.journal()
-    with deployed(federation) as again:
+    with deployed(federation.job_file, federation.folder / "up") as again:
         assert again.end() == 0
         assert again.verdict()["adapter_sha256"] == expected
         assert again.journal()[: len(before)] == before

@@ -12,6 +12,8 @@ import secrets
 import socket
 import ssl
 import tempfile
+import threading
+import time
 from contextlib import suppress
 from pathlib import Path
 from socketserver import BaseRequestHandler, ThreadingMixIn, ThreadingTCPServer, UnixStreamServer
@@ -28,6 +30,9 @@ TLS_SCHEME, LOCAL_SCHEME = "tcp", "fedllm-local"
 _BACKLOG = 128
 _HANDSHAKE_S = 10.0
 _CONNECT_S = 10.0
+# A server that is not there is looked for so often, and for so long before FLARE hears of it.
+_RETRY_S = 0.3
+_PATIENCE_S = 30.0
 _KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
 _BUFFER_BYTES = 2**20
 _log = logging.getLogger("fedllm.transport")
@@ -121,6 +126,7 @@ class TlsDriver(BaseDriver):
     def __init__(self) -> None:
         super().__init__()
         self._server: _TlsServer | None = None
+        self._ended = threading.Event()
 
     @staticmethod
     def supported_transports() -> list[str]:
@@ -143,26 +149,42 @@ class TlsDriver(BaseDriver):
         self._server.serve_forever()
 
     def connect(self, connector: ConnectorInfo) -> None:
-        """Connect and serve the connection until it ends.
+        """Connect, as soon as the server is there, and serve the connection until it ends.
 
         Args:
             connector: Where to, with which certificate.
+
+        Raises:
+            OSError: The server is there and the two do not trust each other, or it stays away.
         """
         self.connector = connector
-        params = connector.params
-        host, port = params[DriverParams.HOST.value], int(params[DriverParams.PORT.value])
-        try:
-            plain = socket.create_connection((host, port), timeout=_CONNECT_S)
-            sock: socket.socket = client_context(params).wrap_socket(plain, server_hostname=host)
-        except (OSError, ValueError) as error:
-            _log.warning("no connection to %s:%s: %s", host, port, _reason(error))
-            raise
-        sock.settimeout(None)
-        _tune(sock)
+        sock = self._connected(connector.params)
         _serve(self, sock, connector, is_secure=True)
+
+    def _connected(self, params: dict[str, Any]) -> socket.socket:
+        host, port = params[DriverParams.HOST.value], int(params[DriverParams.PORT.value])
+        until = time.monotonic() + _PATIENCE_S
+        said = ""
+        while True:
+            try:
+                plain = socket.create_connection((host, port), timeout=_CONNECT_S)
+                sock: socket.socket = client_context(params).wrap_socket(plain, server_hostname=host)
+                sock.settimeout(None)
+                _tune(sock)
+                return sock
+            except (OSError, ValueError) as error:
+                if (reason := _reason(error)) != said:
+                    said = reason
+                    _log.warning("no connection to %s:%s: %s", host, port, reason)
+                # FLARE waits ever longer between two tries, which a server that was away for a moment need not cost.
+                is_away = isinstance(error, ConnectionRefusedError) and not self._ended.is_set()
+                if not is_away or time.monotonic() > until:
+                    raise
+            self._ended.wait(_RETRY_S)
 
     def shutdown(self) -> None:
         """End all connections."""
+        self._ended.set()
         self.close_all()
         if self._server:
             self._server.shutdown()

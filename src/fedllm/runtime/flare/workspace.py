@@ -164,7 +164,9 @@ def _logs(file: Path) -> dict[str, Any]:
         "formatters": {"plain": {"format": "%(asctime)s %(process)d %(levelname)s %(name)s: %(message)s"}},
         "handlers": {"file": handler},
         "loggers": {
-            "root": {"level": "WARNING", "handlers": ["file"]},
+            # While a server is away FLARE complains twice a second; our own transport says it once.
+            "root": {"level": "ERROR", "handlers": ["file"]},
+            "nvflare.fuel.f3": {"level": "CRITICAL"},
             "fedllm": {"level": "INFO", "handlers": ["file"], "propagate": False},
         },
     }
