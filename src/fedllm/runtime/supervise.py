@@ -25,6 +25,7 @@ _BACKOFF_S = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0)
 _HEALTHY_S = 60.0
 _GRACE_S = 5.0
 _WATCH_S = 0.2
+_FIRST_PROCESS = 1
 # Who looks at whether a lock is held shares it for a moment.
 _PATIENCE_S = 0.5
 _PR_SET_PDEATHSIG = 1
@@ -155,7 +156,8 @@ def end_with_parent() -> None:
     parent = os.getppid()
 
     def watch() -> None:
-        while os.getppid() == parent:
+        # It may have ended before this began; then the first process has taken its place.
+        while os.getppid() == parent != _FIRST_PROCESS:
             time.sleep(_WATCH_S)
         os._exit(1)
 
