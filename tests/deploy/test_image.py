@@ -159,7 +159,12 @@ def test_the_walls_of_the_stand_in_stand(tmp_path: Path) -> None:
 def test_a_run_needs_no_root_and_no_place_to_write_but_its_own(
     tmp_path: Path, base: Path, make_federation: Callable[..., Any]
 ) -> None:
-    site = make_federation("site", sizes={"north": 6, "east": 9}, job={"model.model_name_or_path": "base"}).folder
+    changes = {
+        "model.model_name_or_path": "base",
+        "federation.strategy.name": "FedAvgM",
+        "federation.strategy.server_momentum": 0.5,
+    }
+    site = make_federation("site", sizes={"north": 6, "east": 9}, job=changes).folder
     shutil.copytree(base, site / "base")
     hand_over(site)
     done = confined(site, "-m fedllm up job.yaml --output up --quiet --json")
