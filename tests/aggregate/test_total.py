@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import os
+from collections.abc import Callable
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from tiny import bits
 
 from fedllm.aggregate.total import GRID_BITS, GridSum, to_grid
 from fedllm.errors import PayloadError
+from fedllm.wire.blob import FileBlob, StoredTensors, parts_of, scan, table_of, write_parts
 
 STEP = Fraction(1, 2**GRID_BITS)
 values_strategy = st.floats(-100, 100, width=32)
@@ -186,3 +190,42 @@ def test_a_sum_in_pieces_is_the_sum_of_grid_counts(dtype: torch.dtype, size: int
         exact += to_grid(values) * weight
     expected = (exact.double() / (grid.weight * 2.0**GRID_BITS)).float()
     assert torch.equal(grid.means()["w"], expected.reshape(size, 1))
+
+
+def peak_while(action: Callable[[], None]) -> float:
+    """Return by how many MB memory rose above what it was before, at most."""
+    Path("/proc/self/clear_refs").write_text("5")
+    before = memory_mb("VmRSS")
+    action()
+    return memory_mb("VmHWM") - before
+
+
+def memory_mb(name: str) -> float:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) / 1024
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="no peak of memory to be read here")
+def test_updates_in_files_are_added_without_holding_one(tmp_path: Path) -> None:
+    # 48 MB an update, in 12 tensors: two accumulators' worth and one tensor are held, however many parties there are.
+    tensors = {f"u/t{number}": torch.randn(1_000_000) for number in range(12)}
+    path = tmp_path / "update"
+    with path.open("wb") as handle:
+        note = write_parts(parts_of(tensors), handle.write)
+    payload_mb = sum(tensor.nbytes for tensor in tensors.values()) / 2**20
+    del tensors
+    blob = FileBlob(path, *note)
+
+    def add(parties: int) -> None:
+        grid = GridSum()
+        for number in range(parties):
+            table = table_of(blob)
+            largest, bad = scan(blob, table)
+            assert not bad
+            grid.add(StoredTensors(blob, table, largest["u"]), weight=1, counts={}, sender=f"p{number}")
+        assert len(grid.means()) == 12
+
+    add(1)
+    peaks = {parties: peak_while(lambda parties=parties: add(parties)) for parties in (4, 16)}
+    assert peaks[4] < 2.5 * payload_mb
+    assert (peaks[16] - peaks[4]) / 12 < 5

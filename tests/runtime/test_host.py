@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,7 +17,8 @@ from fedllm.runs.metrics import RowFile
 from fedllm.runtime.base import Done, Hello, Ready, Restore
 from fedllm.runtime.host import Blobs, PartyHost
 from fedllm.scenarios.base import Log, State
-from fedllm.wire.frame import Parcel, decode, encode, join, pack, split, unpack
+from fedllm.wire.blob import FileBlob, whole
+from fedllm.wire.frame import Frame, Parcel, decode, encode, join, pack, split, unpack
 from fedllm.wire.payload import Envelope, Failure, Payload, TensorMap
 
 JOB, RUN = "a" * 64, "b" * 32
@@ -89,9 +92,13 @@ def host_in(folder: Path) -> PartyHost:
     )
 
 
-def message(payload: Payload, *, omit: bool = False, **envelope: Any) -> Parcel:
+def envelope_of(**changes: Any) -> Envelope:
     values = {"job_digest": JOB, "run_id": RUN, "round": 1, "sequence": 0, "sender": "server", "recipient": "north"}
-    return pack(encode(payload, Envelope(**values | envelope)), omit_blob=omit)
+    return Envelope(**values | changes)
+
+
+def message(payload: Payload, *, omit: bool = False, **envelope: Any) -> Parcel:
+    return pack(encode(payload, envelope_of(**envelope)), omit_blob=omit)
 
 
 def answer(host: PartyHost, payload: Payload, **options: Any) -> Payload:
@@ -248,3 +255,60 @@ def test_rows_name_the_party_and_the_round(host: PartyHost) -> None:
     rows = host.rows.read()
     assert {(row["party"], row["round"]) for row in rows} == {("north", 1)}
     assert {(row["split"], row["name"]) for row in rows} == {("train", "value"), (None, "seconds_compute")}
+
+
+class Fetched:
+    """Stands for the server that a party pulls tensors from; each comes in a file."""
+
+    def __init__(self, folder: Path, frame: Frame) -> None:
+        assert frame.blob is not None
+        self.path, self.data, self.calls = folder / "pulled", bytes(whole(frame.blob)), 0
+
+    def __call__(self, frame: Frame) -> FileBlob:
+        self.calls += 1
+        self.path.write_bytes(self.data)
+        return FileBlob(self.path, frame.blob_digest, frame.blob_size)
+
+
+def test_tensors_that_do_not_come_along_are_fetched_once_and_kept_in_their_file(tmp_path: Path) -> None:
+    host = host_in(tmp_path)
+    host.fetch = fetched = Fetched(tmp_path, encode(work(2.0), envelope_of()))
+    begin(host)
+    for round_ in (1, 2):
+        assert value(answer(host, work(2.0), round=round_, omit=True)) == 2.0 * round_
+    assert fetched.calls == 1 and fetched.path.exists()
+    # Other tensors take their place.
+    assert value(answer(host, work(5.0), round=3)) == 9.0
+    assert not fetched.path.exists()
+
+
+def test_tensors_far_larger_than_the_adapter_are_refused_and_not_fetched(tmp_path: Path) -> None:
+    host = host_in(tmp_path)
+    frame = encode(work(2.0), envelope_of())
+    host.fetch = fetched = Fetched(tmp_path, frame)
+    begin(host)
+    for size, calls in ((10**10, 0), (2**24 + 1, 0), (frame.blob_size, 1)):
+        host.handle(pack(replace(frame, blob_size=size), omit_blob=True), timeout_s=60)
+        assert fetched.calls == calls
+
+
+def test_the_time_to_answer_begins_when_the_tensors_are_there(tmp_path: Path) -> None:
+    host = host_in(tmp_path)
+    deadlines: list[float] = []
+
+    class Timed(Client):
+        def handle(self, request: Payload, *, round_: int, deadline: float) -> Payload:
+            deadlines.append(deadline)
+            return super().handle(request, round_=round_, deadline=deadline)
+
+    fetched, came = Fetched(tmp_path, encode(work(2.0), envelope_of())), []
+
+    def slow(frame: Frame) -> FileBlob:
+        time.sleep(0.2)
+        came.append(time.monotonic())
+        return fetched(frame)
+
+    host.fetch, host.open_client = slow, Timed
+    begin(host)
+    answer(host, work(2.0), omit=True)
+    assert deadlines[0] >= came[0] + 60

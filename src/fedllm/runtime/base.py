@@ -65,6 +65,15 @@ class Link(Protocol):
         ...
 
 
+def max_message_bytes(manifest: Manifest) -> int:
+    """Return the length of the longest message that is accepted, tensors included.
+
+    Args:
+        manifest: The adapter's names, dtypes and shapes.
+    """
+    return 2 * sum(spec.num_bytes for spec in manifest.values()) + 16 * HEADROOM_BYTES
+
+
 class Hello(Payload):
     """Server -> parties, first of all: what do you hold, and which of these committed rounds can you go on from?
 

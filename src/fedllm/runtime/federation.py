@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from fedllm.aggregate.total import GridSum
 from fedllm.errors import CODES, PayloadError
-from fedllm.runtime.base import HANDSHAKE, HEADROOM_BYTES, SERVER, Link, Timings
+from fedllm.runtime.base import HANDSHAKE, SERVER, Link, Timings, max_message_bytes
 from fedllm.scenarios.base import Reply, Summand, Total
 from fedllm.wire.frame import Frame, Parcel, check_manifest, decode, encode, pack, unpack
 from fedllm.wire.ledger import ByteLedger
@@ -38,6 +38,7 @@ class LinkedFederation:
         self._job_digest, self._run_id, self._timeout_s = job_digest, run_id, timeout_s
         self._notify = notify
         self._sequence = 0
+        self._max_bytes = max_message_bytes({})
         self._held_by: dict[str, str] = {}
         self.trained: dict[str, int] = dict.fromkeys(link.parties, 0)
         self.ledger = ByteLedger()
@@ -148,7 +149,7 @@ class LinkedFederation:
         return frame if frame.blob_digest and not frame.blob else None
 
     def _opened(self, parcel: Parcel, sent: Envelope) -> Frame:
-        frame = unpack(parcel, max_bytes=self._max_bytes())
+        frame = unpack(parcel, max_bytes=self._max_bytes)
         if frame.envelope != sent.reply():
             raise PayloadError("PAYLOAD_REFUSED", "the answer belongs to another request", where=sent.recipient)
         return frame
@@ -170,12 +171,7 @@ class LinkedFederation:
         Args:
             manifest: The adapter's names, dtypes and shapes.
         """
-        self._payload_bytes = sum(spec.num_bytes for spec in manifest.values())
-
-    _payload_bytes = 0
-
-    def _max_bytes(self) -> int:
-        return 2 * self._payload_bytes + 16 * HEADROOM_BYTES
+        self._max_bytes = max_message_bytes(manifest)
 
 
 def _fold(grid: GridSum, party: str, payload: Payload, manifest: Manifest) -> None:

@@ -5,18 +5,20 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from fedllm.errors import FedllmError, PayloadError
 from fedllm.runs.checkpoint import Generations
 from fedllm.runs.metrics import RowFile
-from fedllm.runtime.base import HANDSHAKE, SERVER, Done, Hello, Ready, Restore
+from fedllm.runtime.base import HANDSHAKE, SERVER, Done, Hello, Ready, Restore, max_message_bytes
 from fedllm.scenarios.base import ClientHalf, Log, Row
-from fedllm.wire.blob import Blob
-from fedllm.wire.frame import Frame, Parcel, check_finite, decode, encode, pack, unpack, with_blob
+from fedllm.wire.blob import Blob, in_memory
+from fedllm.wire.frame import Frame, Keep, Parcel, check_finite, decode, encode, pack, unpack, with_blob
 from fedllm.wire.payload import Envelope, Failure, Payload
 
 _log = logging.getLogger("fedllm.party")
+# A message's size is compared with the adapter's once it is known whose it is.
+_ANY_BYTES = 2**48
 
 
 @dataclass
@@ -28,13 +30,22 @@ class Blobs:
     def keep(self, frame: Frame) -> None:
         """Keep a message's tensors and forget the ones before."""
         if frame.blob and frame.blob_digest not in self.held:
-            self.held.clear()
+            self.forget()
             self.held[frame.blob_digest] = frame.blob
+
+    def forget(self) -> None:
+        """Keep nothing."""
+        for blob in self.held.values():
+            blob.discard()
+        self.held.clear()
 
 
 @dataclass
 class PartyHost:
-    """One party of a run. `open_client` makes a fresh client half; nothing of it survives a restart but its state."""
+    """One party of a run. `open_client` makes a fresh client half; nothing of it survives a restart but its state.
+
+    Between machines `fetch` pulls a request's tensors, and `keep` puts an answer's where they can be pulled.
+    """
 
     party: str
     job_digest: str
@@ -45,6 +56,8 @@ class PartyHost:
     rows: RowFile
     blobs: Blobs
     max_upload_bytes: int | None = None
+    keep: Keep = in_memory
+    fetch: Callable[[Frame], Blob] | None = None
     client: ClientHalf | None = None
     _rows: list[Row] = field(default_factory=list)
     _sent: tuple[int, int] = (0, 0)
@@ -60,12 +73,12 @@ class PartyHost:
         Raises:
             PayloadError: It is no message that could be answered.
         """
-        deadline = time.monotonic() + timeout_s
-        frame = unpack(parcel, max_bytes=2**40)
+        frame = unpack(parcel, max_bytes=_ANY_BYTES)
         try:
             self._check_lineage(frame.envelope)
-            frame = with_blob(frame, self.blobs.held)
+            frame = self._whole(frame)
             self.blobs.keep(frame)
+            deadline = time.monotonic() + timeout_s
             payload = self._answer(decode(frame, dict(self.kinds) | HANDSHAKE), frame.envelope.round, deadline)
         except FedllmError as error:
             _log.error("party %s: %s", self.party, error)
@@ -75,8 +88,15 @@ class PartyHost:
             payload = Failure(code="PARTY_FAILED")
         return self._within_limit(payload, frame.envelope.reply())
 
+    def _whole(self, frame: Frame) -> Frame:
+        if frame.blob_size > max_message_bytes({}) and frame.blob_size > max_message_bytes(self.ready([]).manifest):
+            raise PayloadError("PAYLOAD_REFUSED", f"tensors of {frame.blob_size} bytes", where=frame.envelope.sender)
+        if frame.blob_digest and not frame.blob and frame.blob_digest not in self.blobs.held and self.fetch:
+            return replace(frame, blob=self.fetch(frame))
+        return with_blob(frame, self.blobs.held)
+
     def _within_limit(self, payload: Payload, envelope: Envelope) -> Parcel:
-        answer = pack(encode(payload, envelope))
+        answer = pack(encode(payload, envelope, keep=self.keep))
         round_, sent = self._sent
         sent = answer.num_bytes + (sent if round_ == envelope.round else 0)
         if self.max_upload_bytes is not None and sent > self.max_upload_bytes:
@@ -93,7 +113,7 @@ class PartyHost:
     def _answer(self, request: Payload, round_: int, deadline: float) -> Payload:
         match request:
             case Hello():
-                self.blobs.held.clear()
+                self.blobs.forget()
                 return self.ready(self._restorable(request))
             case Restore():
                 self._restore(request)

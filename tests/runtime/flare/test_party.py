@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_channel import Air
 from tiny import TinyFederation
 
 from fedllm.identity.files import KEY_FILE
@@ -17,6 +18,7 @@ from fedllm.identity.signing import Signer
 from fedllm.job.approval import approve
 from fedllm.job.project import Project
 from fedllm.runs.jsonl import write_json
+from fedllm.runtime.flare.desk import Desk
 from fedllm.runtime.flare.party import Member, Refusal, open_party
 from fedllm.runtime.provision import provision_all
 
@@ -43,7 +45,7 @@ class OneSite:
             for section in sections:
                 target = target[section]
             target[key] = value
-        return open_party(self.site, asked, RUN_ID, lambda step, of: None)
+        return open_party(self.site, asked, RUN_ID, Desk(Air().channel("north", ["server"])))
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,8 @@ from typing import Any
 from nvflare.fuel.f3.cellnet.defs import MessageHeaderKey, ReturnCode
 from nvflare.fuel.f3.cellnet.utils import make_reply, new_cell_message
 
+from fedllm.wire.blob import Buffer
+
 _CHANNEL = "fedllm"
 _log = logging.getLogger(__name__)
 
@@ -37,7 +39,7 @@ class Channel:
         """Names of the peers."""
         return tuple(self._address)
 
-    def serve(self, topic: Topic, answer: Callable[[str, bytes], bytes]) -> None:
+    def serve(self, topic: Topic, answer: Callable[[str, Buffer], Buffer]) -> None:
         """Answer a peer's calls from now on.
 
         Args:
@@ -46,18 +48,19 @@ class Channel:
         """
         self._cell.register_request_cb(_CHANNEL, topic.value, self._answer, answer)
 
-    def _answer(self, message: Any, answer: Callable[[str, bytes], bytes]) -> Any:
-        # FLARE fills in the origin from the connection's certificate.
+    def _answer(self, message: Any, answer: Callable[[str, Buffer], Buffer]) -> Any:
+        # The origin is what the caller says it is; who it really was is proved by the message's signature.
         name = self._name_of.get(message.get_header(MessageHeaderKey.ORIGIN))
         if name is None:
             return make_reply(ReturnCode.UNAUTHENTICATED)
         try:
-            return new_cell_message({MessageHeaderKey.RETURN_CODE: ReturnCode.OK}, answer(name, message.payload))
+            given = answer(name, message.payload or b"")
+            return new_cell_message({MessageHeaderKey.RETURN_CODE: ReturnCode.OK}, given)
         except Exception:  # noqa: BLE001  (no exception text crosses to the other side)
             _log.exception("a call from %s failed", name)
             return make_reply(ReturnCode.PROCESS_EXCEPTION)
 
-    def call(self, peer: str, topic: Topic, body: bytes, *, timeout_s: float) -> bytes | None:
+    def call(self, peer: str, topic: Topic, body: Buffer, *, timeout_s: float) -> Buffer | None:
         """Return a peer's answer, or None when it is away or does not answer in time.
 
         Args:
@@ -72,4 +75,5 @@ class Channel:
         )
         if reply is None or reply.get_header(MessageHeaderKey.RETURN_CODE) != ReturnCode.OK:
             return None
-        return bytes(reply.payload) if reply.payload is not None else b""
+        payload: Buffer | None = reply.payload
+        return payload if payload is not None else b""

@@ -12,7 +12,6 @@ from nvflare.apis.signal import Signal
 
 from fedllm.errors import FedllmError
 from fedllm.runtime.flare.channel import Channel
-from fedllm.runtime.flare.link import FlareLink
 from fedllm.runtime.supervise import end_with_parent
 
 _log = logging.getLogger("fedllm.server")
@@ -50,12 +49,11 @@ class RunController(Controller):
         peers = {client.name: f"{client.get_fqcn()}.{job_id}" for client in engine.get_clients()}
         cell = engine.get_cell()
 
-        def make_link(parties: list[str]) -> FlareLink:
-            channel = Channel(cell, {party: peers[party] for party in parties if party in peers})
-            return FlareLink(channel, aborted=lambda: bool(abort_signal.triggered))
+        def make_channel(parties: list[str]) -> Channel:
+            return Channel(cell, {party: peers[party] for party in parties if party in peers})
 
         try:
-            drive_run(site, self._run_id, make_link)
+            drive_run(site, self._run_id, make_channel, aborted=lambda: bool(abort_signal.triggered))
         except FedllmError as error:
             # The verdict is in the run folder.
             _log.error("%s", error)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -18,26 +17,19 @@ from fedllm.job.loading import load_model
 from fedllm.job.party import Party
 from fedllm.runs.control import read_object
 from fedllm.runs.folder import RunFolder, attach
+from fedllm.runtime.base import SERVER
+from fedllm.runtime.flare.desk import Answers, Desk
+from fedllm.runtime.flare.pieces import asker
 from fedllm.runtime.host import PartyHost
 from fedllm.runtime.run import Watch, local_hosts
 from fedllm.runtime.site import open_site, party_tokens
 from fedllm.runtime.validate import upload_limits
-from fedllm.wire.frame import Parcel, encode, pack, unpack
+from fedllm.wire.blob import Blob
+from fedllm.wire.frame import Frame, Parcel, encode, pack, unpack
 from fedllm.wire.payload import Failure
+from fedllm.wire.spool import Spool
 
 _log = logging.getLogger("fedllm.party")
-
-
-class Answers(Protocol):
-    """A party of a run, or what stands for one that will not take part."""
-
-    def handle(self, parcel: Parcel, *, timeout_s: float) -> Parcel:
-        """Return the answer to one message."""
-        ...
-
-    def close(self) -> None:
-        """Let go of the party's folder."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -81,17 +73,17 @@ class Refusal:
         """Nothing is held."""
 
 
-def open_party(site: Path, asked: dict[str, Any], run_id: str, on_step: Callable[[int, int], None]) -> Answers:
+def open_party(site: Path, asked: dict[str, Any], run_id: str, desk: Desk) -> Answers:
     """Return this site's party of a run, loaded and ready to answer, or its refusal.
 
     Args:
         site: Its site folder.
         asked: The job as it came; nothing of it is believed before it is checked.
         run_id: The run.
-        on_step: Called after each optimiser step.
+        desk: Where requests come in.
     """
     try:
-        return _opened(site, asked, run_id, on_step)
+        return _opened(site, asked, run_id, desk)
     except FedllmError as error:
         _log.error("the job is refused: %s", error)
         return Refusal(error.code)
@@ -100,7 +92,7 @@ def open_party(site: Path, asked: dict[str, Any], run_id: str, on_step: Callable
         return Refusal("PARTY_FAILED")
 
 
-def _opened(site: Path, asked: dict[str, Any], run_id: str, on_step: Callable[[int, int], None]) -> Answers:
+def _opened(site: Path, asked: dict[str, Any], run_id: str, desk: Desk) -> Answers:
     kit = open_kit(site)
     file = Path(read_object(site / "state" / "site.json")["party_file"])
     party, _ = load_model(Party, file, overrides=[])
@@ -115,13 +107,20 @@ def _opened(site: Path, asked: dict[str, Any], run_id: str, on_step: Callable[[i
     loaded = open_site(job, [located])
     if refused := upload_limits(job, [located], loaded.model):
         raise refused[0]
-    watch = Watch(on_step=lambda _, step, of: on_step(step, of))
+    watch = Watch(on_step=lambda _, step, of: desk.say("training", step, of))
     try:
-        hosts = local_hosts(loaded, {kit.name: party_tokens(loaded, located)}, run, watch=watch)
+        host = local_hosts(loaded, {kit.name: party_tokens(loaded, located)}, run, watch=watch)[kit.name]
+        spool = Spool(run.path / "parties" / kit.name / "spool")
     except BaseException:
         run.close()
         raise
-    return Member(hosts[kit.name], run)
+
+    def fetch(frame: Frame) -> Blob:
+        desk.say("fetching")
+        ask = asker(desk.channel, SERVER, frame.blob_digest)
+        return spool.pull(frame.blob_digest, frame.blob_size, sender=SERVER, ask=ask, cancelled=desk.is_closed)
+
+    return Member(replace(host, keep=spool.keep, fetch=fetch), run)
 
 
 def _checked(asked: dict[str, Any]) -> Job:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from fedllm.errors import ConfigError
 from fedllm.runs.folder import RunFolder, now, run_identity
 from fedllm.runs.jsonl import write_json
 from fedllm.runs.plan_files import read_plan
+from fedllm.runtime.flare.channel import Channel
 from fedllm.runtime.flare.link import FlareLink
 from fedllm.runtime.run import carry_out, concluding
+from fedllm.wire.spool import Spool
 
 _LIVE_S = 0.5
 _LOCK_S = 10.0
@@ -34,13 +37,16 @@ def run_folder(site: Path, run_id: str) -> Path:
     raise ConfigError("RUN_NOT_FOUND", "the job belongs to no run of this server", where=run_id)
 
 
-def drive_run(site: Path, run_id: str, make_link: Callable[[list[str]], FlareLink]) -> None:
+def drive_run(
+    site: Path, run_id: str, make_channel: Callable[[list[str]], Channel], *, aborted: Callable[[], bool]
+) -> None:
     """Drive a run to its end, or until it pauses; the verdict is in its folder.
 
     Args:
         site: The server's site folder.
         run_id: The run.
-        make_link: A link to the parties, given in the job's order.
+        make_channel: A channel to the parties, given in the job's order.
+        aborted: Says when the job is being stopped.
     """
     path = run_folder(site, run_id)
     job, parties = read_plan(path)
@@ -51,7 +57,12 @@ def drive_run(site: Path, run_id: str, make_link: Callable[[list[str]], FlareLin
         if run.last_commit() is not None:
             run.event("run_resumed")
         with concluding(run):
-            link = make_link(job.parties)
+            link = FlareLink(
+                make_channel(job.parties),
+                spool=Spool(path / "spool"),
+                aborted=aborted,
+                on_stale=partial(_note_late, run),
+            )
             for party in job.parties:
                 if party not in link.parties:
                     run.event("party_failed", round_=(run.last_commit() or 0) + 1, party=party, code="PARTY_LOST")
@@ -60,6 +71,10 @@ def drive_run(site: Path, run_id: str, make_link: Callable[[list[str]], FlareLin
     finally:
         done.set()
         run.close()
+
+
+def _note_late(run: RunFolder, party: str) -> None:
+    run.event("answer_late", round_=(run.last_commit() or 0) + 1, party=party, code="STALE_ROUND")
 
 
 def _tell(path: Path, link: FlareLink, done: threading.Event) -> None:

@@ -1,0 +1,85 @@
+"""Tensors between machines go in pieces: whoever needs them asks for one after another, by digest."""
+
+from __future__ import annotations
+
+import struct
+import threading
+from collections.abc import Callable, Iterable
+
+from fedllm.runtime.flare.channel import Channel, Topic
+from fedllm.wire.blob import Blob, Buffer, read
+from fedllm.wire.spool import MAX_PIECE_BYTES, Ask
+
+_WISH = struct.Struct("<32sQI")
+_CALL_S = 15.0
+
+
+class Offers:
+    """The blobs that others may pull from this process, each by whom.
+
+    Args:
+        channel: To those who pull.
+        on_piece: Called with the name of whoever was given a piece.
+    """
+
+    def __init__(self, channel: Channel, *, on_piece: Callable[[str], None] = lambda peer: None) -> None:
+        self._offered: dict[bytes, tuple[Blob, set[str]]] = {}
+        self._lock = threading.Lock()
+        self._on_piece = on_piece
+        channel.serve(Topic.PULL, self._give)
+
+    def offer(self, blob: Blob, to: str) -> None:
+        """Let one more pull a blob.
+
+        Args:
+            blob: The blob.
+            to: Its name.
+        """
+        with self._lock:
+            self._offered.setdefault(bytes.fromhex(blob.digest), (blob, set()))[1].add(to)
+
+    def withdraw(self, blobs: Iterable[Blob]) -> None:
+        """Let nobody pull these blobs any more.
+
+        Args:
+            blobs: The blobs.
+        """
+        with self._lock:
+            for blob in blobs:
+                self._offered.pop(bytes.fromhex(blob.digest), None)
+
+    def _give(self, peer: str, wish: Buffer) -> Buffer:
+        if len(wish) != _WISH.size:
+            return b""
+        digest, offset, length = _WISH.unpack(wish)
+        with self._lock:
+            blob, to = self._offered.get(digest, (None, set()))
+        if blob is None or peer not in to or length > MAX_PIECE_BYTES or offset + length > blob.size:
+            return b""
+        try:
+            piece = read(blob, offset, length)
+        except OSError:
+            # It was withdrawn meanwhile.
+            return b""
+        self._on_piece(peer)
+        return piece
+
+
+def asker(channel: Channel, peer: str, digest: str, *, on_piece: Callable[[str], None] = lambda peer: None) -> Ask:
+    """Return what asks a peer for pieces of a blob.
+
+    Args:
+        channel: To the peer.
+        peer: Who offers the blob.
+        digest: The blob's SHA-256, in hex.
+        on_piece: Called with the peer's name when a piece came.
+    """
+
+    def ask(offset: int, length: int) -> Buffer | None:
+        wish = _WISH.pack(bytes.fromhex(digest), offset, length)
+        piece = channel.call(peer, Topic.PULL, wish, timeout_s=_CALL_S)
+        if piece:
+            on_piece(peer)
+        return piece
+
+    return ask
