@@ -255,3 +255,28 @@ def test_a_site_with_a_damaged_kit_says_so(call: Call, north: Path) -> None:
     (north.parent / "site-north/kit/cert.pem").write_text("x")
     code, _, err = call("status", north)
     assert code == ExitCode.IDENTITY and "KIT_DAMAGED" in err
+
+
+def test_doctor_at_a_site_lists_all_findings_and_ends_with_its_code(call: Call, north: Path) -> None:
+    (north.parent / "site-north/key.pem").chmod(0o644)
+    code, out, _ = call("doctor", "--party", north)
+    assert code == ExitCode.RESOURCES
+    lines = out.splitlines()
+    (kit,) = (number for number, line in enumerate(lines) if "KEY_EXPOSED" in line)
+    assert lines[kit].startswith("FAULT kit of north") and "chmod 600" in lines[kit + 1]
+    assert lines[-1].startswith("1 fault")
+    found = data_of(call("doctor", "--party", north, "--json")[1])
+    assert {"ok", "fault"} <= {item["state"] for item in found} <= {"ok", "warn", "fault"}
+
+
+def test_doctor_looks_at_one_place_at_a_time(call: Call, place: Place, north: Path) -> None:
+    code, _, err = call("doctor", "--party", north, "--project", place.project_file)
+    assert code == ExitCode.USAGE and "BAD_COMBINATION" in err
+    code, out, _ = call("doctor", "--project", place.project_file)
+    assert code == ExitCode.RESOURCES and "AUTHORITY_MISSING" in out and "KIT_MISSING" in out
+
+
+def test_doctor_compares_versions_with_constraints(call: Call, tmp_path: Path) -> None:
+    (tmp_path / "constraints.txt").write_text("torch==0.1\n")
+    code, out, _ = call("doctor", "--constraints", tmp_path / "constraints.txt")
+    assert code == ExitCode.RESOURCES and "instead of 0.1" in out

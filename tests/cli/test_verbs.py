@@ -207,7 +207,7 @@ def test_doctor_looks_at_machine_and_job(call: Call, job_folder: Path, tmp_path:
     bad.write_text("name: x\n")
     code, out, _ = call("doctor", bad)
     assert code == ExitCode.RESOURCES
-    assert "fail  job" in out
+    assert "FAULT job" in out and "MISSING_KEY" in out and "fix: " in out
 
 
 @pytest.mark.parametrize(

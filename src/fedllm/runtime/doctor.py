@@ -7,13 +7,17 @@ import platform
 import shutil
 import tempfile
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, metadata, version
 from pathlib import Path
 from typing import Literal
 
 import psutil
 import torch
+from packaging.specifiers import SpecifierSet
+from packaging.version import InvalidVersion, Version
 
+from fedllm.errors import ConfigError
+from fedllm.runs.plan_files import LIBRARIES
 from fedllm.train.supervised import has_bf16
 
 # The lowest versions that are safe or known to work; the package's metadata ask for the same.
@@ -27,6 +31,8 @@ FLOORS = {
     "rouge-score": "0.1.2",
     "sacrebleu": "2.6",
 }
+# The versions of NVIDIA FLARE that runs between machines are made for; the extra `flare` asks for the same.
+ENGINE = "==2.9.*"
 _DISK_BYTES = 2 * 10**9
 _MEMORY_BYTES = 2 * 10**9
 
@@ -36,7 +42,7 @@ class Finding:
     """One thing looked at."""
 
     name: str
-    state: Literal["ok", "warn", "fail"]
+    state: Literal["ok", "warn", "fault"]
     detail: str
     fix: str = ""
 
@@ -48,25 +54,74 @@ def examine(folder: Path, *, num_threads: int | None = None) -> list[Finding]:
         folder: Where run folders will be.
         num_threads: Compute threads that a job asks for.
     """
-    found = [_python(), *(_package(name, floor) for name, floor in FLOORS.items())]
+    found = [python(), *(_package(name, floor) for name, floor in FLOORS.items())]
     found += [_disk(folder), _writable(folder), _memory(), _cores(num_threads), _accelerator(), _bfloat16()]
     return found
 
 
-def _python() -> Finding:
-    return Finding("python", "ok", platform.python_version())
+def python() -> Finding:
+    """Return whether this Python is one that fedllm runs on."""
+    wanted = metadata("fedllm")["Requires-Python"]
+    found = platform.python_version()
+    if Version(found) not in SpecifierSet(wanted):
+        return Finding("python", "fault", f"{found}, and {wanted} is needed", "install fedllm with another Python")
+    return Finding("python", "ok", found)
 
 
 def _package(name: str, floor: str) -> Finding:
-    from packaging.version import Version
-
     try:
         found = version(name)
     except PackageNotFoundError:
-        return Finding(name, "fail", "not installed", f"pip install '{name}>={floor}'")
+        return Finding(name, "fault", "not installed", f"pip install '{name}>={floor}'")
     if Version(found) < Version(floor):
-        return Finding(name, "fail", f"{found} is below {floor}", f"pip install '{name}>={floor}'")
+        return Finding(name, "fault", f"{found} is below {floor}", f"pip install '{name}>={floor}'")
     return Finding(name, "ok", found)
+
+
+def engine() -> Finding:
+    """Return whether NVIDIA FLARE is there, in a version that fedllm works with."""
+    fix = "pip install 'fedllm[flare]'"
+    try:
+        found = version("nvflare")
+    except PackageNotFoundError:
+        return Finding("nvflare", "fault", "not installed", fix)
+    if Version(found) not in SpecifierSet(ENGINE):
+        return Finding("nvflare", "fault", f"{found}, and {ENGINE} is needed", fix)
+    return Finding("nvflare", "ok", found)
+
+
+def constrained(file: Path) -> list[Finding]:
+    """Return what of this machine's packages differs from a list of exact versions, `name==version` a line.
+
+    Args:
+        file: pip's constraints, the same at all sites.
+
+    Raises:
+        ConfigError: `FILE_NOT_FOUND`.
+    """
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        fix = "name the constraints.txt that fedllm was installed with"
+        raise ConfigError("FILE_NOT_FOUND", f"cannot read: {error.strerror}", where=str(file), fix=fix) from None
+    found, differ = 0, list[str]()
+    for name, _, wanted in (line.partition("#")[0].strip().partition("==") for line in lines):
+        if not wanted:
+            continue
+        try:
+            here = version(name)
+            found += 1
+            # A build for another device (`+cpu`) is the same version.
+            if Version(here).public != Version(wanted.strip()).public:
+                differ.append(f"{name} {here} instead of {wanted.strip()}")
+        except (PackageNotFoundError, InvalidVersion):
+            continue
+    if differ:
+        fix = f"pip install -c {file} 'fedllm[flare]'"
+        # Other versions of these give other bits, or do not talk to each other.
+        is_fault = any(text.split()[0] in (*LIBRARIES, "nvflare") for text in differ)
+        return [Finding("versions", "fault" if is_fault else "warn", "; ".join(differ), fix)]
+    return [Finding("versions", "ok", f"{found} packages as in {file}")]
 
 
 def _disk(folder: Path) -> Finding:
@@ -74,7 +129,7 @@ def _disk(folder: Path) -> Finding:
     free = shutil.disk_usage(existing).free
     short = free < _DISK_BYTES
     fix = "free some space, or name another folder with --output" if short else ""
-    return Finding("disk", "fail" if short else "ok", f"{free / 1e9:.1f} GB free at {existing}", fix)
+    return Finding("disk", "fault" if short else "ok", f"{free / 1e9:.1f} GB free at {existing}", fix)
 
 
 def _writable(folder: Path) -> Finding:
@@ -84,7 +139,7 @@ def _writable(folder: Path) -> Finding:
             handle.write(b"x")
             os.fsync(handle.fileno())
     except OSError as error:
-        return Finding("write access", "fail", f"{existing}: {error.strerror}", "name another folder with --output")
+        return Finding("write access", "fault", f"{existing}: {error.strerror}", "name another folder with --output")
     return Finding("write access", "ok", str(existing))
 
 
