@@ -280,3 +280,33 @@ def test_doctor_compares_versions_with_constraints(call: Call, tmp_path: Path) -
     (tmp_path / "constraints.txt").write_text("torch==0.1\n")
     code, out, _ = call("doctor", "--constraints", tmp_path / "constraints.txt")
     assert code == ExitCode.RESOURCES and "instead of 0.1" in out
+
+
+def test_those_who_are_waited_for_alike_share_a_line(call: Call, place: Place) -> None:
+    place.clerk(waiting_for=["north", "east"], since=ago(3))
+    with held(place.state / ".supervisor"):
+        out = call("status", place.run)[1]
+    assert "  waiting  north, east: not connected to the server, since " in out
+
+
+def test_follow_tells_of_silence_and_not_of_each_party_that_answers(
+    call: Call, place: Place, clock: Callable[[Callable[[int], None]], Clock]
+) -> None:
+    def happens(look: int) -> None:
+        waiting = {"north": 2.0 + look} if look > 1 else {"north": 2.0, "east": 2.0}
+        silent_s = 9.0 if look == 3 else 0.1
+        training = {"stage": "training", "step": look, "num_steps": 9, "silent_s": silent_s}
+        place.live(waiting_s=waiting, north=training, east={"stage": "ready"})
+        if look == 5:
+            want(place.run, "stop")
+            place.verdict("FAILED", "PARTY_FAILED")
+            locked.__exit__(None, None, None)
+
+    clock(happens)
+    locked = held(place.run / ".lock", since_s=60)
+    with locked:
+        happens(0)
+        out = call("status", place.run, "--follow", "--json")[1]
+    told = [json.loads(line)["run"] for line in out.splitlines()]
+    states = [(run["state"], any(who["why"].startswith("silent") for who in run["waiting"])) for run in told]
+    assert states == [("RUNNING", False), ("RUNNING", True), ("RUNNING", False), ("FAILED", False)]

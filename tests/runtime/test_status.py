@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -327,3 +328,12 @@ def test_a_verdict_says_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     found = json.loads((run.path / "result.json").read_text())
     assert (found["where"], found["code"]) == ("party north", "NOT_APPROVED")
     assert found["reason"] == "party north: the party cannot take part [NOT_APPROVED]"
+
+
+def test_the_command_for_the_server_fits_where_one_stands(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    place.clerk(age_s=30)
+    for folder in (place.root, place.run.parent, place.run, Path("/")):
+        monkeypatch.chdir(folder)
+        run = Path(os.path.relpath(place.run))
+        named = run_status(run).next.removeprefix("fedllm serve ")
+        assert Path(named).resolve() == place.project_file

@@ -237,7 +237,7 @@ def test_an_interruption_pauses_the_run_ends_all_processes_and_passes(
         ("run", "PAUSED", "NO_PROGRESS", RunPaused),
         ("run", "FAILED", "DATA_CHANGED", RunFailed),
         ("run", "PAUSED", "DISK_FULL", ResourceError),
-        ("pause", "PAUSED", "INTERRUPTED", RunPaused),
+        ("pause", "PAUSED", "PARTY_LOST", RunPaused),
         ("stop", "PAUSED", "INTERRUPTED", RunFailed),
     ],
 )
@@ -246,7 +246,7 @@ def test_each_end_has_its_error(tmp_path: Path, wanted_: Any, status: str, code:
     place.verdict(status, code)
     with pytest.raises(error) as found:
         module._result_or_error(place.run)
-    assert found.value.code == ("RUN_STOPPED" if wanted_ == "stop" else code)
+    assert found.value.code == {"stop": "RUN_STOPPED", "pause": "INTERRUPTED"}.get(wanted_, code)
     assert "same command" in found.value.fix
 
 

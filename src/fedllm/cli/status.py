@@ -120,9 +120,17 @@ def show(item: RunStatus) -> None:
     rounds = "no round yet" if item.round is None else f"round {item.round}/{item.num_rounds} committed"
     typer.echo(f"{item.path.name}  {item.state}, {rounds}")
     typer.echo(f"  why      {item.why}{_since(item.since)}")
-    for who in item.waiting:
-        typer.echo(f"  waiting  {who.who}: {who.why}{_since(who.since)}")
+    for line in _waiting(item):
+        typer.echo(f"  waiting  {line}")
     typer.echo(f"  next     {item.next}")
+
+
+def _waiting(item: RunStatus) -> list[str]:
+    """Return a line for all who are waited for with the same reason since the same moment."""
+    alike: dict[str, list[str]] = {}
+    for who in item.waiting:
+        alike.setdefault(f"{who.why}{_since(who.since)}", []).append(who.who)
+    return [f"{', '.join(names)}: {rest}" for rest, names in alike.items()]
 
 
 def _party(where: Path, site: Path | None, *, as_json: bool) -> None:
@@ -178,9 +186,11 @@ def _follow(runs: list[Path], *, as_json: bool) -> ExitCode:
 
 
 def _matter(item: RunStatus) -> tuple[Any, ...]:
-    # Steps and seconds go on all the time; that they do is no news.
-    parts = [item.state, item.why, *(f"{who.who}: {who.why}" for who in item.waiting)]
-    return item.round, *(re.sub(r"[\d.]+", "", part) for part in parts)
+    # That parties load, train and answer one after the other is no news; that one falls silent is.
+    if item.state == "RUNNING":
+        return item.state, item.round, [who.who for who in item.waiting if who.why.startswith("silent")]
+    # Nor is it that seconds go by.
+    return item.state, item.round, re.sub(r"[\d.]+", "", item.why), [who.who for who in item.waiting]
 
 
 def _tell(item: RunStatus, *, is_new: bool, as_json: bool) -> None:
@@ -189,8 +199,7 @@ def _tell(item: RunStatus, *, is_new: bool, as_json: bool) -> None:
     elif is_new:
         show(item)
     else:
-        waiting = "; ".join(f"{who.who}: {who.why}{_since(who.since)}" for who in item.waiting)
-        typer.echo(f"{item.path.name}  {item.state}, {waiting or item.why + _since(item.since)}")
+        typer.echo(f"{item.path.name}  {item.state}, {'; '.join(_waiting(item)) or item.why + _since(item.since)}")
     sys.stdout.flush()
 
 

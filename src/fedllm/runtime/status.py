@@ -145,7 +145,7 @@ def _at_work(look: _Look) -> RunStatus | None:
     if wanted in ("pause", "stop"):
         ends = Waiting(SERVER, asked, "ends its process of the run")
         why = f"it is being {'paused' if wanted == 'pause' else 'stopped'} at its last committed round"
-        return look.made("RUNNING", why, since=asked, next_=f"fedllm status {look.path}", waiting=(ends,))
+        return look.made("RUNNING", why, since=asked, next_=f"fedllm status {look.path} --follow", waiting=(ends,))
     if wanted is None:
         return look.made("RUNNING", _at_round(look), since=look.last_event, next_=logs)
     began = modified(look.path / ".lock")
@@ -273,7 +273,7 @@ def _server_away(look: _Look) -> RunStatus | None:
     since = max(last, modified(lock))
     if age_s(since) < _HANGS_S:
         waiting = (Waiting(SERVER, since, "on its way up"),)
-        next_ = f"fedllm status {look.path}"
+        next_ = f"fedllm status {look.path} --follow"
         return look.made("STARTING", "the server is on its way up", since=since, next_=next_, waiting=waiting)
     waiting = (Waiting(SERVER, since, "gives no sign of life"),)
     why = "the server gives no sign of life"
@@ -297,7 +297,7 @@ def _starting(look: _Look) -> RunStatus:
     if reason := look.found.get("reason") or look.kept.get("why"):
         why = f"it is tried again: {reason}"
     waiting = tuple(Waiting(who, since, "its process of the run is on its way up") for who in (SERVER, *look.parties))
-    return look.made("STARTING", why, since=since, next_=f"fedllm status {look.path}", waiting=waiting)
+    return look.made("STARTING", why, since=since, next_=f"fedllm status {look.path} --follow", waiting=waiting)
 
 
 # The first that has something to say decides; the last always has.
@@ -336,7 +336,9 @@ def project_of(run: Path) -> str:
         run: The run folder.
     """
     # PROJECT/coordinator/site/state/runs/NAME
-    return str(run.parent / "../../../../project.yaml") if len(run.parts) < 6 else str(run.parents[4] / "project.yaml")
+    file = run.resolve().parents[4] / "project.yaml"
+    here = Path.cwd()
+    return str(file.relative_to(here) if file.is_relative_to(here) else file)
 
 
 def age_s(moment: str) -> float:

@@ -21,7 +21,7 @@ from fedllm.job.approval import approve
 from fedllm.job.check import check_job
 from fedllm.job.job import Job, LocatedParty, load_parties
 from fedllm.job.project import Project, ServerAddress
-from fedllm.runs.control import SUPERVISOR_LOCK, is_held, is_worked_on, read_object, verdict, want
+from fedllm.runs.control import SUPERVISOR_LOCK, is_held, is_worked_on, read_object, verdict, want, wanted
 from fedllm.runs.jsonl import read_rows, write_atomic
 from fedllm.runtime.coordinator import go_on, run_of, submit
 from fedllm.runtime.provision import provision_all
@@ -239,10 +239,12 @@ def _result_or_error(run: Path) -> RunResult:
     now = run_status(run)
     if now.state in ("SUCCESS", "PARTIAL") and (result := read_result(run)):
         return result
-    code = verdict(run).get("code") or "INTERRUPTED"
+    # What was asked for counts, not what the run happened to be doing then.
+    code = "INTERRUPTED" if wanted(run) == "pause" else verdict(run).get("code") or "INTERRUPTED"
     if now.state == "STOPPED":
         raise RunFailed("RUN_STOPPED", now.why, where=str(run), fix="the same command begins a new run")
     if code == "DISK_FULL":
         raise ResourceError(code, now.why, where=str(run), fix="free some space, then run the same command again")
     error = RunPaused if now.state == "PAUSED" else RunFailed
-    raise error(code, now.why, where=str(run), fix="mend that, then run the same command again")
+    mend = "" if code == "INTERRUPTED" else "mend that, then "
+    raise error(code, now.why, where=str(run), fix=f"{mend}run the same command again")
