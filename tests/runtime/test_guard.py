@@ -48,7 +48,7 @@ def test_each_message_is_noted_with_what_is_needed_to_know_it_again(make_federat
     guard.asked(frame, parcel)
     frame, answer = update(0)
     guard.answered(frame, answer)
-    noted = [entry for _, entry in read_log(tmp_path / "audit.jsonl") if entry]
+    noted = [entry for _, _, entry in read_log(tmp_path / "audit.jsonl") if entry]
     assert [(entry.way, entry.kind, entry.peer) for entry in noted] == [
         ("asked", "SendInitial", "server"),
         ("answered", "Summand", "server"),

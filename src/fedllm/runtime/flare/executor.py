@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,10 @@ from fedllm.runtime.supervise import end_with_parent
 class PartyExecutor(Executor):
     """FLARE starts it in the job's process at a site. The job is data: it is checked here before anything is done."""
 
-    def __init__(self, job: dict[str, Any], run_id: str) -> None:
+    def __init__(self, job: str, run_id: str) -> None:
         super().__init__()
-        self._job, self._run_id = job, run_id
+        self._job: dict[str, Any] = json.loads(job)
+        self._run_id = run_id
         self._desk: Desk | None = None
 
     def execute(self, task_name: str, shareable: Shareable, fl_ctx: FLContext, abort_signal: Signal) -> Shareable:

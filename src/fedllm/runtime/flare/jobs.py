@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,9 @@ def write_job(folder: Path, *, job: dict[str, Any], name: str, parties: list[str
         "components": [],
         "workflows": [{"id": "run", "path": f"{prefix}.controller.RunController", "args": {"run_id": run_id}}],
     }
-    executor = {"path": f"{prefix}.executor.PartyExecutor", "args": {"job": job, "run_id": run_id}}
+    # As text: in a tree, FLARE takes `{name: FedAvg}` for its own class of that name, and refuses it.
+    settings = json.dumps(job, ensure_ascii=False)
+    executor = {"path": f"{prefix}.executor.PartyExecutor", "args": {"job": settings, "run_id": run_id}}
     client = {
         "format_version": 2,
         "task_data_filters": [],

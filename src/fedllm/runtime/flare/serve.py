@@ -51,7 +51,7 @@ def join(party_file: Path, *, site: Path | None = None, say: Say) -> None:
         FedllmError: The kit or the party file cannot be used, or the site runs already.
     """
     party, _ = load_model(Party, party_file, overrides=[])
-    folder = site_folder(party_file, party.name) if site is None else site
+    folder = (site_folder(party_file, party.name) if site is None else site).resolve()
 
     def start() -> tuple[Kit, list[str]]:
         kit = open_kit(folder)
