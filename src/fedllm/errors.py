@@ -72,6 +72,7 @@ CODES: dict[str, str] = {
     "SUM_OVERFLOW": "Updates are too large to be summed exactly.",
     "QUORUM": "Fewer parties answered than `min_parties`.",
     "ROUND_TIMEOUT": "A party did not finish within `round_timeout`.",
+    "REPLAYED": "A message that came before, or an older one than that; nothing is done on its word.",
     "STALE_ROUND": "An answer came after the round it belongs to was closed; it is not used.",
     "PARTY_FAILED": "A party stopped with an error of its own; the text stays there.",
     "RUN_EXISTS": "The run folder is in use, or holds another job.",

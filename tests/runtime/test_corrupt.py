@@ -262,7 +262,9 @@ def test_a_base_model_that_changed_since_is_refused(
     assert (4, "commit") not in journal(folder)
 
 
-def test_a_common_test_set_that_changed_since_is_refused(make_federation: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_common_test_set_that_changed_since_is_refused(
+    make_federation: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     federation = make_federation(job=PLAN | {"evaluate.test": "data/common.jsonl"})
     path = federation.folder / "data" / "common.jsonl"
     shutil.copy(federation.folder / "data" / "north-eval.jsonl", path)

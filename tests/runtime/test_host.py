@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from dataclasses import replace
@@ -92,9 +93,12 @@ def host_in(folder: Path) -> PartyHost:
     )
 
 
+_numbers = itertools.count()
+
+
 def envelope_of(**changes: Any) -> Envelope:
-    values = {"job_digest": JOB, "run_id": RUN, "round": 1, "sequence": 0, "sender": "server", "recipient": "north"}
-    return Envelope(**values | changes)
+    values = {"job_digest": JOB, "run_id": RUN, "round": 1, "sender": "server", "recipient": "north"}
+    return Envelope(**{"sequence": next(_numbers)} | values | changes)
 
 
 def message(payload: Payload, *, omit: bool = False, **envelope: Any) -> Parcel:
@@ -145,8 +149,8 @@ def test_a_message_of_another_job_run_or_party_is_refused_and_changes_nothing(
 
 def test_the_reply_carries_the_request_s_lineage(host: PartyHost) -> None:
     begin(host)
-    reply = unpack(host.handle(message(Look(), round=4, sequence=9), timeout_s=60), max_bytes=2**20).envelope
-    assert (reply.round, reply.sequence, reply.sender, reply.recipient) == (4, 9, "north", "server")
+    reply = unpack(host.handle(message(Look(), round=4, sequence=2**40), timeout_s=60), max_bytes=2**20).envelope
+    assert (reply.round, reply.sequence, reply.sender, reply.recipient) == (4, 2**40, "north", "server")
 
 
 def test_every_truncated_message_is_refused(host: PartyHost) -> None:
@@ -288,7 +292,7 @@ def test_tensors_far_larger_than_the_adapter_are_refused_and_not_fetched(tmp_pat
     host.fetch = fetched = Fetched(tmp_path, frame)
     begin(host)
     for size, calls in ((10**10, 0), (2**24 + 1, 0), (frame.blob_size, 1)):
-        host.handle(pack(replace(frame, blob_size=size), omit_blob=True), timeout_s=60)
+        host.handle(pack(replace(frame, envelope=envelope_of(), blob_size=size), omit_blob=True), timeout_s=60)
         assert fetched.calls == calls
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import time
 import uuid
@@ -131,6 +132,16 @@ class RunFolder:
         folder = self.path / "parties" / party / "checkpoints"
         return Generations(folder, party, self.job_digest, self.run_id, keep=3)
 
+    def next_epoch(self) -> int:
+        """Return the number of this start of the run, above that of every start before; it is kept durably.
+
+        It is at least the clock's seconds, so that a folder restored from a backup does not count from behind.
+        """
+        path = self.path / "epoch.json"
+        epoch = max(int(time.time()), _epoch_in(path) + 1)
+        write_json(path, {"epoch": epoch})
+        return epoch
+
     def rows(self) -> RowFile:
         """Return the server's metrics file."""
         return RowFile(self.path / "metrics.jsonl")
@@ -169,6 +180,13 @@ class RunFolder:
         return last_commit(self.path)
 
 
+def _epoch_in(path: Path) -> int:
+    try:
+        return int(json.loads(path.read_text(encoding="utf-8"))["epoch"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
+
+
 def last_commit(path: Path) -> int | None:
     """Return the last round that a run's journal calls committed, or None.
 
@@ -202,8 +220,6 @@ def run_identity(path: Path) -> dict[str, str]:
     Raises:
         ConfigError: `RUN_NOT_FOUND`.
     """
-    import json
-
     try:
         identity = json.loads((path / "run.json").read_text(encoding="utf-8"))
         return {"run_id": identity["run_id"], "job_digest": identity["job_digest"]}

@@ -33,7 +33,10 @@ class Link(Protocol):
     Within one machine messages are not signed and tensors stay in memory; a link between machines says otherwise.
     """
 
-    seal: Seal | None = None
+    @property
+    def seal(self) -> Seal | None:
+        """How messages are signed and verified; None within one machine."""
+        return None
 
     @property
     def parties(self) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from fedllm.aggregate.total import GridSum
 from fedllm.errors import CODES, PayloadError
 from fedllm.runtime.base import HANDSHAKE, SERVER, Link, Timings, max_message_bytes
+from fedllm.runtime.freshness import EPOCH_BITS
 from fedllm.scenarios.base import Reply, Summand, Total
 from fedllm.wire.frame import Frame, Parcel, check_manifest, decode, encode, pack, unpack
 from fedllm.wire.ledger import ByteLedger
@@ -34,7 +35,7 @@ class LinkedFederation:
         timeout_s: float,
         notify: Notify = lambda event, party, round_: None,
     ) -> None:
-        self._link, self._kinds = link, dict(kinds) | HANDSHAKE
+        self._link, self._seal, self._kinds = link, link.seal, dict(kinds) | HANDSHAKE
         self._job_digest, self._run_id, self._timeout_s = job_digest, run_id, timeout_s
         self._notify = notify
         self._sequence = 0
@@ -112,7 +113,7 @@ class LinkedFederation:
 
     def _packed(self, frame: Frame) -> Parcel:
         held = bool(frame.blob) and self._held_by.get(frame.envelope.recipient) == frame.blob_digest
-        return pack(frame, omit_blob=held)
+        return pack(frame, omit_blob=held, sign=self._seal.sign if self._seal else None)
 
     def _exchange(self, frames: Mapping[str, Frame], round_: int) -> Iterator[tuple[str, Parcel | None]]:
         messages = {party: self._packed(frame) for party, frame in frames.items()}
@@ -150,6 +151,8 @@ class LinkedFederation:
 
     def _opened(self, parcel: Parcel, sent: Envelope) -> Frame:
         frame = unpack(parcel, max_bytes=self._max_bytes)
+        if self._seal:
+            self._seal.verify(sent.recipient, frame.text, frame.signature)
         if frame.envelope != sent.reply():
             raise PayloadError("PAYLOAD_REFUSED", "the answer belongs to another request", where=sent.recipient)
         return frame
@@ -164,6 +167,14 @@ class LinkedFederation:
         # A code that this version does not know says no more than that the party failed.
         unknown = isinstance(payload, Failure) and payload.code not in CODES
         return Failure(code="PARTY_FAILED") if unknown else payload
+
+    def start_at(self, epoch: int) -> None:
+        """Number messages from here on above all of the run's earlier starts.
+
+        Args:
+            epoch: The number of this start.
+        """
+        self._sequence = epoch << EPOCH_BITS
 
     def expect(self, manifest: Manifest) -> None:
         """Set the largest answer that is accepted, from the tensors agreed at the handshake.

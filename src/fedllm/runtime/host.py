@@ -10,7 +10,8 @@ from dataclasses import dataclass, field, replace
 from fedllm.errors import FedllmError, PayloadError
 from fedllm.runs.checkpoint import Generations
 from fedllm.runs.metrics import RowFile
-from fedllm.runtime.base import HANDSHAKE, SERVER, Done, Hello, Ready, Restore, max_message_bytes
+from fedllm.runtime.base import HANDSHAKE, SERVER, Done, Hello, Ready, Restore, Seal, max_message_bytes
+from fedllm.runtime.freshness import Freshness
 from fedllm.scenarios.base import ClientHalf, Log, Row
 from fedllm.wire.blob import Blob, in_memory
 from fedllm.wire.frame import Frame, Keep, Parcel, check_finite, decode, encode, pack, unpack, with_blob
@@ -44,7 +45,8 @@ class Blobs:
 class PartyHost:
     """One party of a run. `open_client` makes a fresh client half; nothing of it survives a restart but its state.
 
-    Between machines `fetch` pulls a request's tensors, and `keep` puts an answer's where they can be pulled.
+    Between machines messages are signed as `seal` says, `fetch` pulls a request's tensors, and `keep` puts an answer's
+    where they can be pulled.
     """
 
     party: str
@@ -56,6 +58,8 @@ class PartyHost:
     rows: RowFile
     blobs: Blobs
     max_upload_bytes: int | None = None
+    seal: Seal | None = None
+    fresh: Freshness = field(default_factory=Freshness)
     keep: Keep = in_memory
     fetch: Callable[[Frame], Blob] | None = None
     client: ClientHalf | None = None
@@ -76,6 +80,9 @@ class PartyHost:
         frame = unpack(parcel, max_bytes=_ANY_BYTES)
         try:
             self._check_lineage(frame.envelope)
+            if self.seal:
+                self.seal.verify(SERVER, frame.text, frame.signature)
+            self.fresh.take(frame.envelope.sequence, party=self.party)
             frame = self._whole(frame)
             self.blobs.keep(frame)
             deadline = time.monotonic() + timeout_s
@@ -96,14 +103,17 @@ class PartyHost:
         return with_blob(frame, self.blobs.held)
 
     def _within_limit(self, payload: Payload, envelope: Envelope) -> Parcel:
-        answer = pack(encode(payload, envelope, keep=self.keep))
+        answer = self._packed(payload, envelope)
         round_, sent = self._sent
         sent = answer.num_bytes + (sent if round_ == envelope.round else 0)
         if self.max_upload_bytes is not None and sent > self.max_upload_bytes:
             _log.error("party %s: %d bytes in one round are above the site's own limit", self.party, sent)
-            return pack(encode(Failure(code="POLICY_REFUSED"), envelope))
+            return self._packed(Failure(code="POLICY_REFUSED"), envelope)
         self._sent = envelope.round, sent
         return answer
+
+    def _packed(self, payload: Payload, envelope: Envelope) -> Parcel:
+        return pack(encode(payload, envelope, keep=self.keep), sign=self.seal.sign if self.seal else None)
 
     def _check_lineage(self, envelope: Envelope) -> None:
         expected = (self.job_digest, self.states.run_id, SERVER, self.party)

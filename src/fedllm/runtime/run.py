@@ -246,6 +246,8 @@ def drive(run: RunFolder, job: Job, link: Link, *, watch: Watch | None = None) -
         timeout_s=job.federation.round_timeout,
         notify=watch.on_party,
     )
+    if link.seal:
+        federation.start_at(run.next_epoch())
     server: ServerHalf = line.server(job.federation, seed=job.seed, common=job.evaluate.test is not None)
 
     def on_ready(ready: Ready) -> None:

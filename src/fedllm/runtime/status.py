@@ -26,6 +26,7 @@ _STAGES = {
     "starting": "on its way up",
     "loading": "loads base model and data",
     "ready": "asked",
+    "fetching": "fetches the adapter",
     "training": "trains",
     "answering": "sends its answer",
 }

@@ -46,7 +46,9 @@ class Envelope(BaseModel):
     job_digest: str = Field(pattern=r"^[0-9a-f]{64}$")
     run_id: str = Field(pattern=r"^[0-9a-f]{32}$")
     round: int = Field(ge=0)
-    sequence: int = Field(ge=0, description="Number of the exchange within the process, counted by the server.")
+    sequence: int = Field(
+        ge=0, lt=2**64, description="The server's start, times 2**32, plus the number of the exchange since then."
+    )
     sender: str = Field(pattern=_ROLE)
     recipient: str = Field(pattern=_ROLE)
 

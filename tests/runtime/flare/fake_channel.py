@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from fedllm.runtime.base import SERVER
+from fedllm.runtime.base import SERVER, Seal
 from fedllm.runtime.federation import LinkedFederation
 from fedllm.runtime.flare.channel import Channel, Topic
 from fedllm.runtime.flare.desk import Answers, Desk
@@ -94,18 +94,25 @@ class Net:
 
 
 @contextmanager
-def net(folder: Path, open_party: Mapping[str, Callable[[Desk], Answers]], *, air: Air | None = None) -> Iterator[Net]:
+def net(
+    folder: Path,
+    open_party: Mapping[str, Callable[[Desk], Answers]],
+    *,
+    air: Air | None = None,
+    seal: Seal | None = None,
+) -> Iterator[Net]:
     """Yield a server and parties that are joined; everything ends with the block.
 
     Args:
         folder: For the server's spool.
         open_party: By name: given its desk, what answers.
         air: What lies between them.
+        seal: The server's.
     """
     air, late = air or Air(), list[str]()
     desks = {name: Desk(air.channel(name, [SERVER])) for name in open_party}
     spool = Spool(folder / SERVER)
-    link = FlareLink(air.channel(SERVER, list(open_party)), spool=spool, on_stale=late.append)
+    link = FlareLink(air.channel(SERVER, list(open_party)), spool=spool, seal=seal, on_stale=late.append)
     threads = [
         threading.Thread(target=desks[name].serve, args=(lambda name=name: open_party[name](desks[name]),))
         for name in open_party

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from queue import Empty, Queue
 
 from fedllm.errors import PayloadError, RunPaused
-from fedllm.runtime.base import Link, Wanted
+from fedllm.runtime.base import Link, Seal, Wanted
 from fedllm.runtime.flare.channel import Channel, Topic
 from fedllm.runtime.flare.pieces import Offers, asker
 from fedllm.wire.blob import Blob, Buffer
@@ -119,6 +119,7 @@ class FlareLink(Link):
     Args:
         channel: To the parties.
         spool: For tensors on their way.
+        seal: How messages are signed and verified; None only where that is to be tested.
         aborted: Says when the job is being stopped.
         on_stale: Called with the name of a party whose answer came after the exchange that it belongs to.
     """
@@ -128,10 +129,11 @@ class FlareLink(Link):
         channel: Channel,
         *,
         spool: Spool,
+        seal: Seal | None,
         aborted: Callable[[], bool] = lambda: False,
         on_stale: Callable[[str], None] = lambda party: None,
     ) -> None:
-        self._channel, self._spool = channel, spool
+        self._channel, self._spool, self._seal = channel, spool, seal
         self._aborted, self._on_stale = aborted, on_stale
         self._now = _Exchange({}, 0.0, lambda party, parcel: None)
         self._missed: deque[bytes] = deque(maxlen=_REMEMBERED)
@@ -151,6 +153,11 @@ class FlareLink(Link):
     def parties(self) -> tuple[str, ...]:
         """The parties, in the job's order."""
         return self._channel.peers
+
+    @property
+    def seal(self) -> Seal | None:
+        """How messages are signed and verified."""
+        return self._seal
 
     def keep(self, parts: Iterable[Buffer]) -> Blob:
         """Return a request's tensors as a blob, written once for all parties.

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from fedllm.errors import ConfigError, FedllmError, PolicyError
-from fedllm.identity.kit import open_kit
+from fedllm.identity.kit import Kit, open_kit
 from fedllm.job.approval import admit
 from fedllm.job.job import Job, LocatedParty
 from fedllm.job.loading import load_model
 from fedllm.job.party import Party
 from fedllm.runs.control import read_object
 from fedllm.runs.folder import RunFolder, attach
-from fedllm.runtime.base import SERVER
+from fedllm.runtime.base import SERVER, Seal
 from fedllm.runtime.flare.desk import Answers, Desk
 from fedllm.runtime.flare.pieces import asker
+from fedllm.runtime.flare.seal import seal_of
+from fedllm.runtime.freshness import Freshness
 from fedllm.runtime.host import PartyHost
 from fedllm.runtime.run import Watch, local_hosts
 from fedllm.runtime.site import open_site, party_tokens
@@ -55,9 +57,13 @@ class Member:
 
 @dataclass(frozen=True)
 class Refusal:
-    """A party that does not take part; it says so, with a code, to whatever is asked."""
+    """A party that does not take part; it says so, with a code, to whatever is asked.
+
+    Where its kit cannot be used it has no key to sign with either, and the server refuses its answer.
+    """
 
     code: str
+    seal: Seal | None = field(default=None, compare=False)
 
     def handle(self, parcel: Parcel, *, timeout_s: float) -> Parcel:
         """Return the refusal as the answer to a message.
@@ -67,7 +73,8 @@ class Refusal:
             timeout_s: Time to answer, in seconds.
         """
         envelope = unpack(parcel, max_bytes=2**40).envelope
-        return pack(encode(Failure(code=self.code), envelope.reply()))
+        sign = self.seal.sign if self.seal else None
+        return pack(encode(Failure(code=self.code), envelope.reply()), sign=sign)
 
     def close(self) -> None:
         """Nothing is held."""
@@ -82,18 +89,21 @@ def open_party(site: Path, asked: dict[str, Any], run_id: str, desk: Desk) -> An
         run_id: The run.
         desk: Where requests come in.
     """
+    seal: Seal | None = None
     try:
-        return _opened(site, asked, run_id, desk)
+        kit = open_kit(site)
+        seal = seal_of(kit)
+        return _opened(kit, seal, asked, run_id, desk)
     except FedllmError as error:
         _log.error("the job is refused: %s", error)
-        return Refusal(error.code)
+        return Refusal(error.code, seal)
     except Exception:  # noqa: BLE001  (the party's boundary: no exception text crosses it)
         _log.exception("the party could not be opened")
-        return Refusal("PARTY_FAILED")
+        return Refusal("PARTY_FAILED", seal)
 
 
-def _opened(site: Path, asked: dict[str, Any], run_id: str, desk: Desk) -> Answers:
-    kit = open_kit(site)
+def _opened(kit: Kit, seal: Seal, asked: dict[str, Any], run_id: str, desk: Desk) -> Answers:
+    site = kit.site
     file = Path(read_object(site / "state" / "site.json")["party_file"])
     party, _ = load_model(Party, file, overrides=[])
     located = LocatedParty(party=party, base_dir=file.resolve().parent)
@@ -110,7 +120,8 @@ def _opened(site: Path, asked: dict[str, Any], run_id: str, desk: Desk) -> Answe
     watch = Watch(on_step=lambda _, step, of: desk.say("training", step, of))
     try:
         host = local_hosts(loaded, {kit.name: party_tokens(loaded, located)}, run, watch=watch)[kit.name]
-        spool = Spool(run.path / "parties" / kit.name / "spool")
+        own = run.path / "parties" / kit.name
+        spool, fresh = Spool(own / "spool"), Freshness(own / "epoch.json")
     except BaseException:
         run.close()
         raise
@@ -120,7 +131,7 @@ def _opened(site: Path, asked: dict[str, Any], run_id: str, desk: Desk) -> Answe
         ask = asker(desk.channel, SERVER, frame.blob_digest)
         return spool.pull(frame.blob_digest, frame.blob_size, sender=SERVER, ask=ask, cancelled=desk.is_closed)
 
-    return Member(replace(host, keep=spool.keep, fetch=fetch), run)
+    return Member(replace(host, seal=seal, fresh=fresh, keep=spool.keep, fetch=fetch), run)
 
 
 def _checked(asked: dict[str, Any]) -> Job:

@@ -9,11 +9,13 @@ from functools import partial
 from pathlib import Path
 
 from fedllm.errors import ConfigError
+from fedllm.identity.kit import open_kit
 from fedllm.runs.folder import RunFolder, now, run_identity
 from fedllm.runs.jsonl import write_json
 from fedllm.runs.plan_files import read_plan
 from fedllm.runtime.flare.channel import Channel
 from fedllm.runtime.flare.link import FlareLink
+from fedllm.runtime.flare.seal import seal_of
 from fedllm.runtime.run import carry_out, concluding
 from fedllm.wire.spool import Spool
 
@@ -60,6 +62,7 @@ def drive_run(
             link = FlareLink(
                 make_channel(job.parties),
                 spool=Spool(path / "spool"),
+                seal=seal_of(open_kit(site)),
                 aborted=aborted,
                 on_stale=partial(_note_late, run),
             )
