@@ -53,7 +53,7 @@ def wait_until_none(found: Callable[[], list[Any]], *, seconds: float = 10) -> b
 
 @pytest.mark.timeout(200)
 def test_an_interrupted_run_ends_its_processes_and_goes_on_at_the_next_call(make_federation: Make) -> None:
-    federation = make_federation(sizes={"north": 6, "south": 5}, job=PLAN | {"federation.num_rounds": 3})
+    federation = make_federation(sizes={"north": 6, "south": 5}, job=PLAN | {"federation.num_rounds": 15})
     expected = federation.run("unbroken").adapter_sha256
     with deployed(federation.job_file, federation.folder / "up") as up:
         up.wait_for(lambda: (1, "begin") in up.journal())
