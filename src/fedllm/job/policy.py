@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from fedllm.job.job import Job
 
 # The requests around a conversation, which every scenario needs. `runtime/base.py` has them; a test compares.
-HANDSHAKE_REQUESTS = ("Hello", "Restore")
+HANDSHAKE_REQUESTS = ("Hello", "Restore", "Witness")
 _ASK_SITE = "or ask the site to change its own limit"
 
 

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+from pydantic import BaseModel, ConfigDict, Field
+
 from fedllm.wire.blob import Blob, Buffer, in_memory
 from fedllm.wire.frame import Frame, Parcel
 from fedllm.wire.payload import Manifest, Payload
@@ -110,7 +112,25 @@ class Done(Payload):
     """Party -> server: it is done."""
 
 
-HANDSHAKE: dict[str, type[Payload]] = {cls.__name__: cls for cls in (Hello, Ready, Restore, Done)}
+class Head(BaseModel):
+    """The newest line of an audit log."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    n: int = Field(ge=-1)
+    hash: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+class Witness(Payload):
+    """Server <-> parties, after each round: the newest lines of the audit logs that the sender knows of, its own too.
+
+    Who notes them can later show that such a log was cut off, or written anew.
+    """
+
+    heads: dict[str, Head]
+
+
+HANDSHAKE: dict[str, type[Payload]] = {cls.__name__: cls for cls in (Hello, Ready, Restore, Done, Witness)}
 
 
 @dataclass

@@ -11,8 +11,9 @@ from fedllm.errors import FedllmError, ModelError, PayloadError, RunFailed, RunP
 from fedllm.runs.checkpoint import Generations
 from fedllm.runs.folder import RunFolder
 from fedllm.runs.jsonl import finite
-from fedllm.runtime.base import Done, Hello, Ready, Restore, Timings
+from fedllm.runtime.base import Done, Hello, Ready, Restore, Timings, Witness
 from fedllm.runtime.federation import LinkedFederation
+from fedllm.runtime.guard import Auditor
 from fedllm.scenarios.base import RoundResult, Row, ServerHalf, State
 from fedllm.wire.payload import Failure, Payload
 
@@ -43,6 +44,7 @@ class Driver:
     num_rounds: int
     on_round: OnRound = lambda number, rows: None
     on_ready: Callable[[Ready], None] = lambda ready: None
+    auditor: Auditor | None = None
 
     def drive(self) -> Outcome:
         """Return the outcome after the last round, starting or resuming as the run folder says.
@@ -64,6 +66,9 @@ class Driver:
             failures |= result.failures
             state = result.state
             self._commit(result)
+        if self.auditor:
+            self.auditor.finished(state.round)
+            self._exchange_heads(state.round)
         return Outcome(state, failures)
 
     def _commit(self, result: RoundResult) -> None:
@@ -77,6 +82,16 @@ class Driver:
         self.run.journal(number, "commit", sha256=digest)
         self.run.event("round_committed", round_=number)
         self.on_round(number, rows)
+        if self.auditor:
+            self.auditor.committed(number, digest)
+            self._exchange_heads(number)
+
+    def _exchange_heads(self, number: int) -> None:
+        assert self.auditor is not None  # noqa: S101
+        # A party that does not answer is missed in the next round; the one that is committed stands.
+        for reply in self.federation.ask(self.auditor.heads(), round_=number, to=self.federation.parties):
+            if isinstance(reply.payload, Witness):
+                self.auditor.note(reply.party, reply.payload, round_=number)
 
     def _wire_rows(self, number: int) -> list[Row]:
         head: Row = {"round": number, "party": None, "split": None}

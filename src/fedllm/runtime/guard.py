@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from fedllm.errors import PayloadError
@@ -14,7 +14,7 @@ from fedllm.job.policy import Upload, check_operation, check_upload
 from fedllm.runs.audit_log import AuditLog
 from fedllm.runs.control import read_object
 from fedllm.runs.jsonl import write_json
-from fedllm.runtime.base import Link, Seal, Wanted
+from fedllm.runtime.base import Head, Link, Seal, Wanted, Witness
 from fedllm.wire.blob import Blob, Buffer
 from fedllm.wire.frame import Frame, Parcel, unpack
 
@@ -83,6 +83,16 @@ class Guard:
         """
         self.log.append("message_refused", run_id=self.run_id, job_digest=self.job.digest, round=round_, code=code)
 
+    def witness(self, witness: Witness, *, round_: int) -> Witness:
+        """Note the heads of the others' audit logs, and return that of this one.
+
+        Args:
+            witness: What the server knows of.
+            round_: The round that was just committed.
+        """
+        note_heads(self.log, witness, run_id=self.run_id, round_=round_)
+        return heads_of(self.log, self.party.name)
+
     def _note(self, way: str, frame: Frame, parcel: Parcel) -> None:
         self.log.append(
             "operation",
@@ -104,6 +114,80 @@ def digest_of(parcel: Parcel) -> str:
         parcel: The message.
     """
     return hashlib.sha256(parcel.head).hexdigest()
+
+
+def heads_of(log: AuditLog, name: str) -> Witness:
+    """Return the newest line of an audit log, to be told to others; nothing of an empty one.
+
+    Args:
+        log: The log.
+        name: Whose it is.
+    """
+    newest = log.head
+    return Witness(heads={name: Head(n=newest.n, hash=newest.hash)} if newest.n >= 0 else {})
+
+
+def note_heads(log: AuditLog, witness: Witness, *, run_id: str, round_: int) -> None:
+    """Note the newest lines of others' audit logs in one's own.
+
+    Args:
+        log: One's own log.
+        witness: What was told; a head of one's own among them is left out.
+        run_id: The run.
+        round_: The round that was just committed.
+    """
+    for peer, head in sorted(witness.heads.items()):
+        if peer != log.actor and head.n >= 0:
+            log.append("peer_head", run_id=run_id, round=round_, peer=peer, peer_n=head.n, digest=head.hash)
+
+
+@dataclass
+class Auditor:
+    """The server's notes about one run.
+
+    Args:
+        log: The server's audit log.
+        run_id: The run.
+        job_digest: Its job.
+    """
+
+    log: AuditLog
+    run_id: str
+    job_digest: str
+    _known: dict[str, Head] = field(default_factory=dict)
+
+    def committed(self, number: int, digest: str) -> None:
+        """Note that a round is committed.
+
+        Args:
+            number: The round.
+            digest: SHA-256 of its checkpoint.
+        """
+        self.log.append("round_committed", run_id=self.run_id, job_digest=self.job_digest, round=number, digest=digest)
+
+    def finished(self, number: int) -> None:
+        """Note that the last round is done.
+
+        Args:
+            number: The round.
+        """
+        self.log.append("run_finished", run_id=self.run_id, job_digest=self.job_digest, round=number)
+
+    def heads(self) -> Witness:
+        """Return the newest lines of all logs that the server knows of."""
+        return Witness(heads=self._known | heads_of(self.log, self.log.actor).heads)
+
+    def note(self, party: str, witness: Witness, *, round_: int) -> None:
+        """Note a party's newest line; what it says of others is not believed.
+
+        Args:
+            party: The party.
+            witness: Its answer.
+            round_: The round that was just committed.
+        """
+        own = {name: head for name, head in witness.heads.items() if name == party}
+        self._known |= own
+        note_heads(self.log, Witness(heads=own), run_id=self.run_id, round_=round_)
 
 
 class AuditedLink:

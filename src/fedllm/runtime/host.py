@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 from fedllm.errors import FedllmError, PayloadError
 from fedllm.runs.checkpoint import Generations
 from fedllm.runs.metrics import RowFile
-from fedllm.runtime.base import HANDSHAKE, SERVER, Done, Hello, Ready, Restore, Seal, max_message_bytes
+from fedllm.runtime.base import HANDSHAKE, SERVER, Done, Hello, Ready, Restore, Seal, Witness, max_message_bytes
 from fedllm.runtime.freshness import Freshness
 from fedllm.scenarios.base import ClientHalf, Log, Row
 from fedllm.wire.blob import Blob, in_memory
@@ -41,6 +43,26 @@ class Blobs:
         self.held.clear()
 
 
+class Guards(Protocol):
+    """Stands before a party: `fedllm.runtime.guard.Guard`. Where it raises, nothing is done and nothing leaves."""
+
+    def asked(self, frame: Frame, parcel: Parcel) -> None:
+        """Return if the request may be answered."""
+        ...
+
+    def answered(self, frame: Frame, parcel: Parcel) -> None:
+        """Return if the answer may leave."""
+        ...
+
+    def refused(self, code: str, *, round_: int | None = None) -> None:
+        """Note that something was refused."""
+        ...
+
+    def witness(self, witness: Witness, *, round_: int) -> Witness:
+        """Note the others' heads, and return one's own."""
+        ...
+
+
 @dataclass
 class PartyHost:
     """One party of a run. `open_client` makes a fresh client half; nothing of it survives a restart but its state.
@@ -57,14 +79,13 @@ class PartyHost:
     states: Generations
     rows: RowFile
     blobs: Blobs
-    max_upload_bytes: int | None = None
+    guard: Guards | None = None
     seal: Seal | None = None
     fresh: Freshness = field(default_factory=Freshness)
     keep: Keep = in_memory
     fetch: Callable[[Frame], Blob] | None = None
     client: ClientHalf | None = None
     _rows: list[Row] = field(default_factory=list)
-    _sent: tuple[int, int] = (0, 0)
     _last: int = 0
 
     def handle(self, parcel: Parcel, *, timeout_s: float) -> Parcel:
@@ -83,17 +104,26 @@ class PartyHost:
             if self.seal:
                 self.seal.verify(SERVER, frame.text, frame.signature)
             self.fresh.take(frame.envelope.sequence, party=self.party)
+            if self.guard:
+                self.guard.asked(frame, parcel)
             frame = self._whole(frame)
             self.blobs.keep(frame)
             deadline = time.monotonic() + timeout_s
             payload = self._answer(decode(frame, dict(self.kinds) | HANDSHAKE), frame.envelope.round, deadline)
         except FedllmError as error:
-            _log.error("party %s: %s", self.party, error)
+            self._note_refusal(error, frame.envelope.round)
             payload = Failure(code=error.code)
         except Exception:  # noqa: BLE001  (the party's boundary: no exception text crosses it)
             _log.exception("party %s failed", self.party)
             payload = Failure(code="PARTY_FAILED")
-        return self._within_limit(payload, frame.envelope.reply())
+        return self._answered(payload, frame.envelope.reply())
+
+    def _note_refusal(self, error: FedllmError, number: int) -> None:
+        _log.error("party %s: %s", self.party, error)
+        if self.guard:
+            # Where it cannot be noted, the answer is a refusal all the same.
+            with suppress(FedllmError):
+                self.guard.refused(error.code, round_=number)
 
     def _whole(self, frame: Frame) -> Frame:
         if frame.blob_size > max_message_bytes({}) and frame.blob_size > max_message_bytes(self.ready([]).manifest):
@@ -102,18 +132,19 @@ class PartyHost:
             return replace(frame, blob=self.fetch(frame))
         return with_blob(frame, self.blobs.held)
 
-    def _within_limit(self, payload: Payload, envelope: Envelope) -> Parcel:
-        answer = self._packed(payload, envelope)
-        round_, sent = self._sent
-        sent = answer.num_bytes + (sent if round_ == envelope.round else 0)
-        if self.max_upload_bytes is not None and sent > self.max_upload_bytes:
-            _log.error("party %s: %d bytes in one round are above the site's own limit", self.party, sent)
-            return self._packed(Failure(code="POLICY_REFUSED"), envelope)
-        self._sent = envelope.round, sent
+    def _answered(self, payload: Payload, envelope: Envelope) -> Parcel:
+        frame, answer = self._packed(payload, envelope)
+        if self.guard:
+            try:
+                self.guard.answered(frame, answer)
+            except FedllmError as error:
+                self._note_refusal(error, envelope.round)
+                return self._packed(Failure(code=error.code), envelope)[1]
         return answer
 
-    def _packed(self, payload: Payload, envelope: Envelope) -> Parcel:
-        return pack(encode(payload, envelope, keep=self.keep), sign=self.seal.sign if self.seal else None)
+    def _packed(self, payload: Payload, envelope: Envelope) -> tuple[Frame, Parcel]:
+        frame = encode(payload, envelope, keep=self.keep)
+        return frame, pack(frame, sign=self.seal.sign if self.seal else None)
 
     def _check_lineage(self, envelope: Envelope) -> None:
         expected = (self.job_digest, self.states.run_id, SERVER, self.party)
@@ -128,6 +159,8 @@ class PartyHost:
             case Restore():
                 self._restore(request)
                 return Done()
+            case Witness():
+                return self.guard.witness(request, round_=round_) if self.guard else Witness(heads={})
         if self.client is None:
             raise PayloadError("PAYLOAD_REFUSED", "a request before the handshake", where=self.party)
         try:

@@ -25,6 +25,7 @@ from fedllm.runs.report import write_report
 from fedllm.runtime.base import Link, Ready
 from fedllm.runtime.driver import Driver, Outcome
 from fedllm.runtime.federation import LinkedFederation
+from fedllm.runtime.guard import Auditor
 from fedllm.runtime.host import PartyHost
 from fedllm.runtime.local import InProcessLink
 from fedllm.runtime.party_data import check_data_unchanged, party_facts
@@ -181,7 +182,13 @@ def _run(
 
 
 def carry_out(
-    run: RunFolder, job: Job, parties: list[LocatedParty], link: Link, *, watch: Watch | None = None
+    run: RunFolder,
+    job: Job,
+    parties: list[LocatedParty],
+    link: Link,
+    *,
+    watch: Watch | None = None,
+    auditor: Auditor | None = None,
 ) -> RunResult:
     """Return the result of a run over any link; the link is closed.
 
@@ -191,9 +198,10 @@ def carry_out(
         parties: The parties of this machine.
         link: To the parties.
         watch: Callbacks for a live view.
+        auditor: The server's audit log, where there is one.
     """
     try:
-        outcome = drive(run, job, link, watch=watch)
+        outcome = drive(run, job, link, watch=watch, auditor=auditor)
     finally:
         link.close()
     return finish(run, job, parties, outcome)
@@ -226,7 +234,9 @@ def local_hosts(
     }
 
 
-def drive(run: RunFolder, job: Job, link: Link, *, watch: Watch | None = None) -> Outcome:
+def drive(
+    run: RunFolder, job: Job, link: Link, *, watch: Watch | None = None, auditor: Auditor | None = None
+) -> Outcome:
     """Return the outcome of all rounds that are left, over any link.
 
     Args:
@@ -234,6 +244,7 @@ def drive(run: RunFolder, job: Job, link: Link, *, watch: Watch | None = None) -
         job: The job.
         link: To the parties.
         watch: Callbacks for a live view.
+        auditor: The server's audit log, where there is one.
     """
     watch = watch or Watch()
     watch.on_stage(job.name, job.federation.num_rounds)
@@ -256,7 +267,7 @@ def drive(run: RunFolder, job: Job, link: Link, *, watch: Watch | None = None) -
         write_provenance(run, job, **digests)
         write_json(run.path / "parties.json", [party_facts(run, party) for party in link.parties])
 
-    return Driver(run, federation, server, job.federation.num_rounds, watch.on_round, on_ready).drive()
+    return Driver(run, federation, server, job.federation.num_rounds, watch.on_round, on_ready, auditor).drive()
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from fedllm.job.approval import admit
 from fedllm.job.job import Job, LocatedParty
 from fedllm.job.loading import load_model
 from fedllm.job.party import Party
+from fedllm.runs.audit_log import AUDIT_FILE, AuditLog
 from fedllm.runs.control import read_object
 from fedllm.runs.folder import RunFolder, attach
 from fedllm.runtime.base import SERVER, Seal
@@ -22,6 +24,7 @@ from fedllm.runtime.flare.desk import Answers, Desk
 from fedllm.runtime.flare.pieces import asker
 from fedllm.runtime.flare.seal import seal_of
 from fedllm.runtime.freshness import Freshness
+from fedllm.runtime.guard import Guard
 from fedllm.runtime.host import PartyHost
 from fedllm.runtime.run import Watch, local_hosts
 from fedllm.runtime.site import open_site, party_tokens
@@ -89,6 +92,7 @@ def open_party(site: Path, asked: dict[str, Any], run_id: str, desk: Desk) -> An
         run_id: The run.
         desk: Where requests come in.
     """
+    kit: Kit | None = None
     seal: Seal | None = None
     try:
         kit = open_kit(site)
@@ -96,6 +100,10 @@ def open_party(site: Path, asked: dict[str, Any], run_id: str, desk: Desk) -> An
         return _opened(kit, seal, asked, run_id, desk)
     except FedllmError as error:
         _log.error("the job is refused: %s", error)
+        if kit:
+            # The refusal stands, whether it can be noted or not.
+            with suppress(FedllmError):
+                AuditLog.open(site / AUDIT_FILE, actor=kit.name).append("job_refused", run_id=run_id, code=error.code)
         return Refusal(error.code, seal)
     except Exception:  # noqa: BLE001  (the party's boundary: no exception text crosses it)
         _log.exception("the party could not be opened")
@@ -122,6 +130,8 @@ def _opened(kit: Kit, seal: Seal, asked: dict[str, Any], run_id: str, desk: Desk
         host = local_hosts(loaded, {kit.name: party_tokens(loaded, located)}, run, watch=watch)[kit.name]
         own = run.path / "parties" / kit.name
         spool, fresh = Spool(own / "spool"), Freshness(own / "epoch.json")
+        log = AuditLog.open(site / AUDIT_FILE, actor=kit.name)
+        log.append("run_joined", run_id=run_id, job_digest=job.digest)
     except BaseException:
         run.close()
         raise
@@ -131,7 +141,8 @@ def _opened(kit: Kit, seal: Seal, asked: dict[str, Any], run_id: str, desk: Desk
         ask = asker(desk.channel, SERVER, frame.blob_digest)
         return spool.pull(frame.blob_digest, frame.blob_size, sender=SERVER, ask=ask, cancelled=desk.is_closed)
 
-    return Member(replace(host, seal=seal, fresh=fresh, keep=spool.keep, fetch=fetch), run)
+    guard = Guard(log, job, party, own, run_id)
+    return Member(replace(host, guard=guard, seal=seal, fresh=fresh, keep=spool.keep, fetch=fetch), run)
 
 
 def _checked(asked: dict[str, Any]) -> Job:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from fedllm.identity.files import CoordinatorFolder, make_private, site_folder
-from fedllm.identity.kit import Kit, open_kit
+from fedllm.errors import ConfigError
+from fedllm.identity.files import KIT_FOLDER, CoordinatorFolder, make_private, site_folder
+from fedllm.identity.kit import MANIFEST, Kit, open_kit
 from fedllm.job.loading import load_model
 from fedllm.job.party import Party
+from fedllm.runs.audit_log import AUDIT_FILE, AuditLog
 from fedllm.runs.control import read_object
 from fedllm.runs.jsonl import write_json
 from fedllm.runtime.flare.workspace import write_workspace
@@ -32,7 +35,7 @@ def serve(project_file: Path, *, say: Say) -> None:
     folder = CoordinatorFolder.beside(project_file.resolve())
 
     def start() -> tuple[Kit, list[str]]:
-        kit = open_kit(folder.site)
+        kit = _opened(folder.site)
         open_kit(folder.admin)
         return kit, write_workspace(kit, folder.site / "state" / "flare", admin=folder.admin)
 
@@ -54,12 +57,25 @@ def join(party_file: Path, *, site: Path | None = None, say: Say) -> None:
     folder = (site_folder(party_file, party.name) if site is None else site).resolve()
 
     def start() -> tuple[Kit, list[str]]:
-        kit = open_kit(folder)
+        kit = _opened(folder)
+        if kit.name != party.name:
+            fix = "name the party's own file, or install the kit of this party"
+            raise ConfigError("PARTY_UNKNOWN", f"the kit is that of `{kit.name}`", where=str(party_file), fix=fix)
         # The job's process reads the party's file from here, and nothing about data from the job.
         write_json(make_private(folder / "state") / "site.json", {"party_file": str(party_file.resolve())})
         return kit, write_workspace(kit, folder / "state" / "flare")
 
     _keep(folder, f"party {party.name}", start, say, lambda: _party_line(folder))
+
+
+def _opened(site: Path) -> Kit:
+    kit = open_kit(site)
+    digest = hashlib.sha256((site / KIT_FOLDER / MANIFEST).read_bytes()).hexdigest()
+    AuditLog.open(site / AUDIT_FILE, actor=kit.name).append("kit_opened", digest=digest)
+    # What the processes of an earlier start told is not true any more.
+    for name in ("clerk.json", "door.json"):
+        (site / "state" / name).unlink(missing_ok=True)
+    return kit
 
 
 def _keep(site: Path, what: str, start: Callable[[], tuple[Kit, list[str]]], say: Say, line: Callable[[], str]) -> None:

@@ -10,12 +10,15 @@ from pathlib import Path
 
 from fedllm.errors import ConfigError
 from fedllm.identity.kit import open_kit
+from fedllm.runs.audit_log import AUDIT_FILE, AuditLog
 from fedllm.runs.folder import RunFolder, now, run_identity
 from fedllm.runs.jsonl import write_json
 from fedllm.runs.plan_files import read_plan
+from fedllm.runtime.base import SERVER
 from fedllm.runtime.flare.channel import Channel
 from fedllm.runtime.flare.link import FlareLink
 from fedllm.runtime.flare.seal import seal_of
+from fedllm.runtime.guard import AuditedLink, Auditor
 from fedllm.runtime.run import carry_out, concluding
 from fedllm.wire.spool import Spool
 
@@ -70,7 +73,10 @@ def drive_run(
                 if party not in link.parties:
                     run.event("party_failed", round_=(run.last_commit() or 0) + 1, party=party, code="PARTY_LOST")
             threading.Thread(target=_tell, args=(path, link, done), daemon=True).start()
-            carry_out(run, job, parties, link)
+            log = AuditLog.open(site / AUDIT_FILE, actor=SERVER)
+            audited = AuditedLink(link, log, run_id=run.run_id, job_digest=run.job_digest)
+            auditor = Auditor(log, run.run_id, run.job_digest)
+            carry_out(run, job, parties, audited, auditor=auditor)
     finally:
         done.set()
         run.close()
