@@ -11,6 +11,9 @@ import pytest
 from deployed import deployed
 from tiny import TinyFederation
 
+from fedllm.runs.audit_log import read_log
+from fedllm.runs.audit_verify import verify_log
+
 pytest.importorskip("nvflare")
 
 Make = Callable[..., TinyFederation]
@@ -21,6 +24,7 @@ PLAN: dict[str, Any] = {
     "peft.lora_dropout": 0.1,
     "train.local_steps": 60,
 }
+LOGS = ("coordinator/site", "site-north", "site-south")
 KILLS = {2: "client job", 3: "server job", 4: "client parent", 5: "server parent"}
 
 
@@ -40,6 +44,11 @@ def test_kills_of_each_process_are_recovered_from_without_a_person_and_change_no
         begun = [number for number, step in up.journal() if step == "begin"]
         assert len(begun) > len(commits)
         assert wait_until_none(up.processes)
+        for name in LOGS:
+            others = [up.root / other / "audit.jsonl" for other in LOGS if other != name]
+            assert verify_log(up.root / name / "audit.jsonl", others) == []
+        noted = [entry for _, _, entry in read_log(up.root / "site-north" / "audit.jsonl") if entry]
+        assert {entry.peer for entry in noted if entry.event == "peer_head"} == {"server", "south"}
 
 
 def wait_until_none(found: Callable[[], list[Any]], *, seconds: float = 10) -> bool:
