@@ -11,7 +11,7 @@ from fedllm.errors import CODES
 from fedllm.identity.keys import new_key
 from fedllm.identity.kit import open_kit
 from fedllm.job.project import Project, ServerAddress
-from fedllm.runtime.base import Done, Hello, Ready, Restore
+from fedllm.runtime.base import HANDSHAKE
 from fedllm.runtime.flare.transport import LocalDriver, TlsDriver
 from fedllm.runtime.flare.workspace import write_workspace
 from fedllm.runtime.provision import provision_all
@@ -38,7 +38,7 @@ def test_every_code_that_is_named_exists() -> None:
 def test_every_message_is_in_the_table_and_no_other() -> None:
     text = section("What leaves a machine")
     named = set(re.findall(r"^\| `(\w+)`", text, re.M)) | set(re.findall(r"^\| `\w+` / `(\w+)`", text, re.M))
-    handshake = {kind.__name__ for kind in (Hello, Ready, Restore, Done)}
+    handshake = set(HANDSHAKE)
     assert named == handshake | {kind for line in SCENARIOS.values() for kind in line.kinds()}
 
 
