@@ -31,7 +31,7 @@ from fedllm.identity.requests import make_request
 pytest.importorskip("nvflare")
 from nvflare.fuel.f3.drivers.connector_info import ConnectorInfo, Mode
 
-from fedllm.runtime.flare.transport import LOCAL_SCHEME, LocalDriver, TlsDriver, client_context
+from fedllm.runtime.flare.transport import LOCAL_SCHEME, SOCKETS, LocalDriver, TlsDriver, client_context
 
 LOOPBACK = "127.0.0.1"
 SHORT_S = 5.0
@@ -333,3 +333,11 @@ def test_processes_of_a_machine_meet_where_only_their_user_can_enter() -> None:
     driver.shutdown()
     thread.join(SHORT_S)
     assert not os.path.lexists(path.parent)
+
+
+def test_sockets_lie_in_the_supervisors_folder_which_is_removed_with_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(SOCKETS, str(tmp_path))
+    url, _ = LocalDriver.get_urls(LOCAL_SCHEME, {})
+    assert Path(urlparse(url).path).parent == tmp_path

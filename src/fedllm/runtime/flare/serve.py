@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from fedllm.errors import ConfigError
 from fedllm.identity.files import KIT_FOLDER, CoordinatorFolder, make_private, site_folder
@@ -15,6 +17,7 @@ from fedllm.job.party import Party
 from fedllm.runs.audit_log import AUDIT_FILE, AuditLog
 from fedllm.runs.control import read_object
 from fedllm.runs.jsonl import write_json
+from fedllm.runtime.flare.transport import SOCKETS
 from fedllm.runtime.flare.workspace import write_workspace
 from fedllm.runtime.supervise import Supervised, only_one
 
@@ -80,9 +83,9 @@ def _opened(site: Path) -> Kit:
 
 def _keep(site: Path, what: str, start: Callable[[], tuple[Kit, list[str]]], say: Say, line: Callable[[], str]) -> None:
     state = make_private(site / "state")
-    with only_one(state, what=what):
+    with only_one(state, what=what), TemporaryDirectory(prefix="fedllm-") as sockets:
         kit, command = start()
-        process = Supervised(command, state / "engine.log")
+        process = Supervised(command, state / "engine.log", os.environ | {SOCKETS: sockets})
         say(f"{what} of project {kit.project}, {kit.host}:{kit.port}, certificate until {kit.expires:%Y-%m-%d}")
         said = ""
         try:

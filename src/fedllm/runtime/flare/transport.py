@@ -8,6 +8,7 @@ port that every user of that machine can open. These drivers do the same work wi
 from __future__ import annotations
 
 import logging
+import os
 import secrets
 import socket
 import ssl
@@ -26,6 +27,8 @@ from nvflare.fuel.f3.drivers.driver_params import DriverCap, DriverParams
 from nvflare.fuel.f3.drivers.socket_conn import SocketConnection
 
 TLS_SCHEME, LOCAL_SCHEME = "tcp", "fedllm-local"
+# Names the folder of this machine's sockets to the processes below a supervisor.
+SOCKETS = "FEDLLM_SOCKETS"
 # Room for this many strangers in the midst of a handshake, each for so long.
 _BACKLOG = 128
 _HANDSHAKE_S = 10.0
@@ -253,8 +256,9 @@ class LocalDriver(BaseDriver):
             scheme: This driver's.
             resources: Unused.
         """
-        # A path of a socket has 108 bytes at most, so it is not in the workspace. mkdtemp gives it the mode 0700.
-        folder = tempfile.mkdtemp(prefix="fedllm-")
+        # A path of a socket has 108 bytes at most, so it is not in the workspace. Either folder has the mode 0700; the
+        # supervisor's is removed with whatever killed processes left in it.
+        folder = os.environ.get(SOCKETS) or tempfile.mkdtemp(prefix="fedllm-")
         url = f"{scheme}://local{folder}/{secrets.token_hex(4)}"
         return url, url
 
