@@ -1,0 +1,1 @@
+"""fedllm's own rounds between processes, with parties that train nothing."""
