@@ -311,6 +311,22 @@ def test_the_server_learns_the_name_in_the_certificate(listening: Listening) -> 
     thread.join(SHORT_S)
 
 
+def reached(path: Path) -> socket.socket:
+    """A connection to the socket at `path`, tried until somebody listens: its file is there a moment before."""
+    until = time.monotonic() + SHORT_S
+    while True:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            sock.connect(str(path))
+        except OSError:
+            sock.close()
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.01)
+        else:
+            return sock
+
+
 def test_processes_of_a_machine_meet_where_only_their_user_can_enter() -> None:
     url, same = LocalDriver.get_urls(LOCAL_SCHEME, {})
     path = Path(urlparse(url).path)
@@ -321,11 +337,7 @@ def test_processes_of_a_machine_meet_where_only_their_user_can_enter() -> None:
     connector = ConnectorInfo("local", driver, {"url": url}, Mode.PASSIVE, 0, 0, False, False)
     thread = threading.Thread(target=driver.listen, args=(connector,), daemon=True)
     thread.start()
-    until = time.monotonic() + SHORT_S
-    while not path.exists() and time.monotonic() < until:
-        time.sleep(0.01)
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-        sock.connect(str(path))
+    with reached(path):
         until = time.monotonic() + SHORT_S
         while not monitor.names and time.monotonic() < until:
             time.sleep(0.01)
