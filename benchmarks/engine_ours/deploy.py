@@ -16,7 +16,8 @@ from fedllm.identity.files import CoordinatorFolder
 from fedllm.identity.kit import open_kit
 from fedllm.job.project import Project
 from fedllm.runs.jsonl import write_json
-from fedllm.runtime.flare.workspace import write_workspace
+from fedllm.runtime.flare.door import SOCKETS
+from fedllm.runtime.flare.workspace import ENVIRONMENT, write_workspace
 from fedllm.runtime.provision import provision_all
 
 START_S = 60.0
@@ -42,7 +43,9 @@ def rounds_of(load: Load, trial: Trial) -> tuple[Timing, dict[str, Any]]:
     results = coordinator.site / "results.json"
     with Processes(trial.folder, Path(sys.executable).parent) as processes:
         here = str(Path(__file__).resolve().parent.parent)
-        processes.environment |= {k: v for k, v in os.environ.items() if k.startswith(("MALLOC_", "FEDX_"))}
+        sockets = trial.folder / "sockets"
+        sockets.mkdir(mode=0o700)
+        processes.environment |= {**ENVIRONMENT, SOCKETS: str(sockets)}
         processes.environment["PYTHONPATH"] = os.pathsep.join([here, os.environ.get("PYTHONPATH", "")])
         started = [processes.start(name, command) for name, command in commands.items()]
         processes.watch_memory(started[0])

@@ -32,6 +32,7 @@ from fedllm.runtime.driver import Driver
 from fedllm.runtime.federation import LinkedFederation
 from fedllm.runtime.flare.channel import Channel
 from fedllm.runtime.flare.desk import Desk
+from fedllm.runtime.flare.lines import PartyLines, ServerLines
 from fedllm.runtime.flare.link import FlareLink
 from fedllm.runtime.flare.party import Member
 from fedllm.runtime.flare.pieces import asker
@@ -140,11 +141,12 @@ class Rounds(Controller):
         peers = {client.name: f"{client.get_fqcn()}.{job_id}" for client in engine.get_clients()}
         run = RunFolder.create(site / "state" / "run", job_digest=JOB_DIGEST)
         run.run_id = RUN_ID
-        kit, channel = open_kit(site), Channel(engine.get_cell(), peers)
+        kit, channel = open_kit(site), Channel(engine.get_cell(), peers, job_id=job_id)
         link = FlareLink(
             channel,
             spool=Spool(run.path / "spool"),
             seal=seal_of(kit),
+            lines=ServerLines(kit, job_id, channel.peers),
             aborted=lambda: bool(abort_signal.triggered),
         )
         federation = LinkedFederation(
@@ -233,7 +235,7 @@ class Echo(Executor):
         """Begin and end with the job."""
         if event_type == EventType.START_RUN:
             cell, job_id = fl_ctx.get_engine().get_cell(), fl_ctx.get_job_id()
-            self._desk = desk = Desk(Channel(cell, {SERVER: f"{SERVER}.{job_id}"}))
+            self._desk = desk = Desk(Channel(cell, {SERVER: f"{SERVER}.{job_id}"}, job_id=job_id))
             site = site_of(fl_ctx)
             threading.Thread(target=desk.serve, args=(lambda: member(site, desk, self._load),), daemon=True).start()
         elif event_type in (EventType.END_RUN, EventType.ABORT_TASK) and self._desk:
@@ -255,8 +257,10 @@ def member(site: Path, desk: Desk, load: dict[str, int]) -> Member:
     spec = TensorSpec(dtype="float32", shape=[load["values"]])
     manifest = {f"t{number:03d}": spec for number in range(load["tensors"])}
 
+    desk.use(PartyLines(kit, desk.channel.job_id))
+
     def fetch(frame: Frame) -> Blob:
-        ask = asker(desk.channel, SERVER, frame.blob_digest)
+        ask = asker(desk.way, SERVER, frame.blob_digest)
         return spool.pull(frame.blob_digest, frame.blob_size, sender=SERVER, ask=ask, cancelled=desk.is_closed)
 
     host = PartyHost(

@@ -52,4 +52,6 @@ def fedavgm(
         name: momentum[name] * beta + update if beta and name in momentum else update
         for name, update in mean_update.items()
     }
-    return {name: tensor + eta * moved[name] for name, tensor in state.items()}, moved if beta else {}
+    # Times 1 is left out: it changes no bit, and would need each tensor's memory once more.
+    stepped = {name: tensor + (moved[name] if eta == 1 else eta * moved[name]) for name, tensor in state.items()}
+    return stepped, moved if beta else {}

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 
 import torch
 
+from fedllm.aggregate.accumulators import Accumulators
 from fedllm.errors import PayloadError
-from fedllm.wire.blob import largest_of
+from fedllm.wire.blob import largest_of, specs_of
 
 # Values are rounded to multiples of 2**-30 and summed as 64-bit integers, which do not depend on order.
 GRID_BITS = 30
@@ -81,8 +82,8 @@ class GridSum:
 
     def __init__(self) -> None:
         self.weight = 0
-        self._sums: dict[str, torch.Tensor] = {}
-        self._shapes: dict[str, torch.Size] = {}
+        self._sums: Accumulators | None = None
+        self._shapes: dict[str, list[int]] = {}
         self._pieces = _Pieces()
         self._counts: dict[str, int] = {}
         self._bound = 0
@@ -106,19 +107,22 @@ class GridSum:
         if bound >= _LIMIT:
             raise _overflow(f"the update with weight {weight}", sender)
         self._bound, self.weight = bound, self.weight + weight
+        if self._sums is None:
+            self._shapes = {name: spec.shape for name, spec in specs_of(tensors).items()}
+            self._sums = Accumulators({name: math.prod(shape) for name, shape in self._shapes.items()})
         for name, tensor in tensors.items():
-            if name not in self._sums:
-                self._sums[name] = torch.zeros(tensor.numel(), dtype=torch.int64)
-                self._shapes[name] = tensor.shape
             self._pieces.add(self._sums[name], tensor, weight)
         for name, value in counts.items():
             self._counts[name] = self._counts.get(name, 0) + round(value * 2**GRID_BITS)
 
     def means(self) -> dict[str, torch.Tensor]:
         """Return the weighted means of the tensors, float32, and let go of the sums; empty when nothing was added."""
-        scale, means = self.weight * 2.0**GRID_BITS, {}
-        for name in list(self._sums):
-            means[name] = self._pieces.mean(self._sums.pop(name), scale).reshape(self._shapes[name])
+        sums, self._sums = self._sums, None
+        means: dict[str, torch.Tensor] = {}
+        if sums is not None:
+            for name, shape in self._shapes.items():
+                means[name] = self._pieces.mean(sums[name], self.weight * 2.0**GRID_BITS).reshape(shape)
+                sums.release(name)
         return means
 
     def counts(self) -> dict[str, float]:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from fedllm.wire.payload import TensorSpec
+from fedllm.wire.payload import TensorSpec, manifest_of
 
 # What may travel, in safetensors' words. Other dtypes have no use here, and not all of them can be checked or summed.
 DTYPES: dict[str, torch.dtype] = {
@@ -322,6 +322,15 @@ def largest_of(tensors: Mapping[str, torch.Tensor]) -> float:
     for tensor in tensors.values():
         most = _larger(most, magnitude(tensor))
     return most
+
+
+def specs_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, TensorSpec]:
+    """Return dtype and shape of each tensor, in the order of the names; those of a blob are not read.
+
+    Args:
+        tensors: Named tensors.
+    """
+    return tensors.specs if isinstance(tensors, StoredTensors) else manifest_of(tensors)
 
 
 def scan(blob: Blob, table: Mapping[str, Entry]) -> tuple[dict[str, float], str]:

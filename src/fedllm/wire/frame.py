@@ -24,9 +24,10 @@ from fedllm.wire.blob import (
     parse_json,
     parts_of,
     scan,
+    specs_of,
     table_of,
 )
-from fedllm.wire.payload import Envelope, Manifest, Payload, manifest_of, plain_fields
+from fedllm.wire.payload import Envelope, Manifest, Payload, plain_fields
 
 _MAGIC = b"FLM2"
 _PREFIX = struct.Struct("<4sIH")
@@ -319,7 +320,7 @@ def check_manifest(tensors: Mapping[str, torch.Tensor], expected: Manifest, *, s
     for name in sorted(set(tensors) ^ set(expected)):
         state = "missing" if name in expected else "not expected"
         raise _refuse(f"tensor {name!r} is {state}", where=sender)
-    specs = tensors.specs if isinstance(tensors, StoredTensors) else manifest_of(tensors)
+    specs = specs_of(tensors)
     for name, spec in expected.items():
         found = specs[name]
         if (found.dtype, found.shape) != (spec.dtype, spec.shape):

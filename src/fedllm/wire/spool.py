@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import itertools
 import os
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -19,11 +21,13 @@ from fedllm.wire.blob import Blob, Buffer, FileBlob, in_memory, write_parts
 
 # Up to this size tensors travel inside their message, in one call.
 INLINE_BYTES = 2**20 + 2**16
-MAX_PIECE_BYTES = 2**20
+MAX_PIECE_BYTES = 2**19
 _MIN_PIECE_BYTES = 2**14
 _FIRST_PIECE_BYTES = 2**16
-# So many pieces are asked for at a time. What is on its way is lost when a connection is cut.
-_WINDOW = 4
+# So many pieces are asked for at a time, fewer where each is there at once. What is on its way is lost with the
+# connection.
+_WINDOW, _NARROW = 4, 2
+_AT_ONCE_S = 0.05
 # A piece that came sooner is followed by larger ones, one that took longer by smaller ones: what else goes over a slow
 # line must not wait behind them.
 _SOON_S, _LATE_S = 0.25, 1.0
@@ -31,6 +35,8 @@ _RETRY_S = 0.2
 # Nothing came for so long, or less than so much a second after so long: it is given up. There is no limit on the whole.
 STALL_S = 60.0
 _SLOWEST_BYTES = 2**12
+
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim") else None
 
 # (offset, length) -> the bytes; None: no answer, it is asked again; empty: the other side does not have them.
 Ask = Callable[[int, int], Buffer | None]
@@ -138,11 +144,14 @@ class _Part:
 
 @dataclass
 class _Pace:
-    """How long the next piece should be."""
+    """How long the next piece should be, and how many to ask for at a time."""
 
     length: int = field(default_factory=lambda: _FIRST_PIECE_BYTES)
 
+    window: int = _NARROW
+
     def took(self, seconds: float) -> None:
+        self.window = _NARROW if seconds < _AT_ONCE_S else _WINDOW
         if seconds < _SOON_S:
             self.length = min(2 * self.length, MAX_PIECE_BYTES)
         elif seconds > _LATE_S:
@@ -168,7 +177,7 @@ def _fill(part: _Part, sender: str, submit: Callable[[int, int], _Asked], cancel
     pace, asked_to = _Pace(), part.offset
     window: deque[tuple[int, _Asked]] = deque()
     while part.offset < part.size:
-        while len(window) < _WINDOW and asked_to < part.size:
+        while len(window) < pace.window and asked_to < part.size:
             length = min(pace.length, part.size - asked_to)
             window.append((length, submit(asked_to, length)))
             asked_to += length
@@ -196,3 +205,9 @@ def _full_disk_told(path: Path) -> Iterator[None]:
     except OSError as error:
         fix = "free some space; then `fedllm resume RUN`"
         raise ResourceError("DISK_FULL", f"cannot write: {error.strerror}", where=str(path), fix=fix) from None
+
+
+def trim_memory() -> None:
+    """Give memory that the process has freed back to the system, where its library can."""
+    if _LIBC is not None:
+        _LIBC.malloc_trim(0)

@@ -68,7 +68,7 @@ class Party:
         self.asked += 1
         frame = unpack(parcel, max_bytes=2**30)
         if not frame.blob and frame.blob_digest not in self.held:
-            ask = asker(self.desk.channel, SERVER, frame.blob_digest)
+            ask = asker(self.desk.way, SERVER, frame.blob_digest)
             blob = self.spool.pull(
                 frame.blob_digest, frame.blob_size, sender=SERVER, ask=ask, cancelled=self.desk.is_closed
             )

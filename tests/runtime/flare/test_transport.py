@@ -9,7 +9,6 @@ import os
 import re
 import socket
 import ssl
-import stat
 import threading
 import time
 from collections.abc import Iterator
@@ -31,7 +30,8 @@ from fedllm.identity.requests import make_request
 pytest.importorskip("nvflare")
 from nvflare.fuel.f3.drivers.connector_info import ConnectorInfo, Mode
 
-from fedllm.runtime.flare.transport import LOCAL_SCHEME, SOCKETS, LocalDriver, TlsDriver, client_context
+from fedllm.runtime.flare.door import SOCKETS
+from fedllm.runtime.flare.transport import LOCAL_SCHEME, LocalDriver, TlsDriver, client_context
 
 LOOPBACK = "127.0.0.1"
 SHORT_S = 5.0
@@ -327,11 +327,15 @@ def reached(path: Path) -> socket.socket:
             return sock
 
 
-def test_processes_of_a_machine_meet_where_only_their_user_can_enter() -> None:
+def test_processes_of_a_machine_meet_in_their_supervisors_folder(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path_factory.mktemp("s")
+    monkeypatch.setenv(SOCKETS, str(folder))
     url, same = LocalDriver.get_urls(LOCAL_SCHEME, {})
     path = Path(urlparse(url).path)
     assert url == same
-    assert stat.S_IMODE(path.parent.stat().st_mode) == stat.S_IRWXU
+    assert path.parent == folder
     driver, monitor = LocalDriver(), Monitor()
     driver.register_conn_monitor(monitor)
     connector = ConnectorInfo("local", driver, {"url": url}, Mode.PASSIVE, 0, 0, False, False)
@@ -344,12 +348,4 @@ def test_processes_of_a_machine_meet_where_only_their_user_can_enter() -> None:
         assert monitor.names
     driver.shutdown()
     thread.join(SHORT_S)
-    assert not os.path.lexists(path.parent)
-
-
-def test_sockets_lie_in_the_supervisors_folder_which_is_removed_with_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv(SOCKETS, str(tmp_path))
-    url, _ = LocalDriver.get_urls(LOCAL_SCHEME, {})
-    assert Path(urlparse(url).path).parent == tmp_path
+    assert not os.path.lexists(path)

@@ -26,9 +26,16 @@ class Topic(StrEnum):
 
 
 class Channel:
-    """Calls between this process and its peers, named by party (or `server`) and not by cell."""
+    """Calls between this process and its peers, named by party (or `server`) and not by cell.
 
-    def __init__(self, cell: Any, peers: Mapping[str, str]) -> None:
+    Args:
+        cell: FLARE's, of this process.
+        peers: Name -> address.
+        job_id: FLARE's name for the job.
+    """
+
+    def __init__(self, cell: Any, peers: Mapping[str, str], *, job_id: str) -> None:
+        self.job_id = job_id
         # FLARE's streaming layer copies each message; these messages are small or cut into pieces by us.
         self._cell = cell.core_cell
         self._address = dict(peers)

@@ -50,7 +50,7 @@ class RunController(Controller):
         cell = engine.get_cell()
 
         def make_channel(parties: list[str]) -> Channel:
-            return Channel(cell, {party: peers[party] for party in parties if party in peers})
+            return Channel(cell, {party: peers[party] for party in parties if party in peers}, job_id=job_id)
 
         try:
             drive_run(site, self._run_id, make_channel, aborted=lambda: bool(abort_signal.triggered))

@@ -13,8 +13,9 @@ from typing import Protocol
 from fedllm.errors import PayloadError
 from fedllm.runtime.base import SERVER
 from fedllm.runtime.flare.channel import Channel, Topic
+from fedllm.runtime.flare.lines import Lines
 from fedllm.runtime.flare.link import BEAT_S, call_s, enclosed, opened
-from fedllm.runtime.flare.pieces import Offers
+from fedllm.runtime.flare.pieces import Offers, Way
 from fedllm.wire.blob import Blob, Buffer
 from fedllm.wire.frame import Parcel
 
@@ -42,6 +43,7 @@ class Desk:
 
     def __init__(self, channel: Channel) -> None:
         self.channel = channel
+        self.way = Way(channel)
         self._posts: Queue[Buffer] = Queue()
         self._last_token = b""
         self._said: dict[str, str | int] = {}
@@ -64,6 +66,17 @@ class Desk:
         """Take no more requests, and give up what is being delivered."""
         self._stop.set()
         self._posts.put(b"")
+        if self.way.lines:
+            self.way.lines.close()
+
+    def use(self, lines: Lines) -> None:
+        """Give and get tensors over direct lines from now on.
+
+        Args:
+            lines: To the server.
+        """
+        self.way = Way(self.channel, lines)
+        lines.serve(self._offers.give)
 
     def is_closed(self) -> bool:
         """Return whether it was closed."""
@@ -99,6 +112,8 @@ class Desk:
             reply, held = enclosed(token, 0.0, answer)
             if held:
                 self._offers.offer(held, SERVER)
+                if self.way.lines:
+                    self.way.lines.need()
             self._deliver(reply)
             self.say("ready")
 

@@ -46,7 +46,8 @@ class PartyExecutor(Executor):
 
     def _begin(self, fl_ctx: FLContext) -> None:
         site = Path(fl_ctx.get_workspace().get_root_dir()).parent.parent
-        channel = Channel(fl_ctx.get_engine().get_cell(), {"server": f"server.{fl_ctx.get_job_id()}"})
+        job_id = fl_ctx.get_job_id()
+        channel = Channel(fl_ctx.get_engine().get_cell(), {"server": f"server.{job_id}"}, job_id=job_id)
         self._desk = Desk(channel)
         end_with_parent()
         threading.Thread(target=self._serve, args=(site, self._desk), daemon=True).start()

@@ -16,10 +16,11 @@ from queue import Empty, Queue
 from fedllm.errors import PayloadError, RunPaused
 from fedllm.runtime.base import Link, Seal, Wanted
 from fedllm.runtime.flare.channel import Channel, Topic
-from fedllm.runtime.flare.pieces import Offers, asker
+from fedllm.runtime.flare.lines import Lines
+from fedllm.runtime.flare.pieces import Offers, Way, asker
 from fedllm.wire.blob import Blob, Buffer
 from fedllm.wire.frame import Frame, Parcel, join, split
-from fedllm.wire.spool import INLINE_BYTES, Spool
+from fedllm.wire.spool import INLINE_BYTES, Spool, trim_memory
 
 # A party's process reports every BEAT_S seconds; after LOST_S without a report it is taken for dead.
 BEAT_S = 1.0
@@ -33,6 +34,8 @@ _SLOWEST_BYTES = 2**14
 # So many answers are pulled at a time; the others wait at their parties.
 _PULLS = 4
 _REMEMBERED = 1000
+# From this size of tensors on it is worth the time to give unused memory back after each round.
+_LARGE_BYTES = 100 * 10**6
 # What a party may say it is doing.
 STAGES = frozenset({"starting", "loading", "ready", "training", "fetching", "answering"})
 # A token drawn for each request and party, which the answer repeats; and the seconds that the party has.
@@ -122,6 +125,7 @@ class FlareLink(Link):
         seal: How messages are signed and verified; None only where that is to be tested.
         aborted: Says when the job is being stopped.
         on_stale: Called with the name of a party whose answer came after the exchange that it belongs to.
+        lines: Direct lines to the parties.
     """
 
     def __init__(
@@ -132,7 +136,9 @@ class FlareLink(Link):
         seal: Seal | None,
         aborted: Callable[[], bool] = lambda: False,
         on_stale: Callable[[str], None] = lambda party: None,
+        lines: Lines | None = None,
     ) -> None:
+        self._way = Way(channel, lines)
         self._channel, self._spool, self._seal = channel, spool, seal
         self._aborted, self._on_stale = aborted, on_stale
         self._now = _Exchange({}, 0.0, lambda party, parcel: None)
@@ -146,6 +152,8 @@ class FlareLink(Link):
         self.seen = {party: Seen(started + START_S - LOST_S) for party in channel.peers}
         self.waiting: dict[str, float] = {}
         self._offers = Offers(channel, on_piece=self._alive)
+        if lines:
+            lines.serve(self._offers.give)
         channel.serve(Topic.DONE, self._on_done)
         channel.serve(Topic.BEAT, self._on_beat)
 
@@ -189,6 +197,9 @@ class FlareLink(Link):
         try:
             for party, parcel in messages.items():
                 self._send(exchange, party, parcel, timeout_s)
+            if any(blob.size > _LARGE_BYTES for blob in exchange.offered):
+                # While the parties work, what the last round left unused goes back to the system.
+                trim_memory()
             while self.waiting:
                 yield from self._arrived(exchange)
         finally:
@@ -201,6 +212,8 @@ class FlareLink(Link):
         self._closed.set()
         self._posts.shutdown(wait=False, cancel_futures=True)
         self._pulls.shutdown(wait=False, cancel_futures=True)
+        if self._way.lines:
+            self._way.lines.close()
 
     def _send(self, exchange: _Exchange, party: str, parcel: Parcel, timeout_s: float) -> None:
         exchange.alive(party)
@@ -261,7 +274,7 @@ class FlareLink(Link):
             self._on_stale(answer.party)
 
     def _pull(self, exchange: _Exchange, answer: _Answer, frame: Frame) -> _Answer:
-        ask = asker(self._channel, answer.party, frame.blob_digest, on_piece=self._alive)
+        ask = asker(self._way, answer.party, frame.blob_digest, on_piece=self._alive)
         try:
             blob = self._spool.pull(
                 frame.blob_digest,

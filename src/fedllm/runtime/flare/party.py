@@ -21,6 +21,7 @@ from fedllm.runs.control import read_object
 from fedllm.runs.folder import RunFolder, attach
 from fedllm.runtime.base import SERVER, Seal
 from fedllm.runtime.flare.desk import Answers, Desk
+from fedllm.runtime.flare.lines import PartyLines
 from fedllm.runtime.flare.pieces import asker
 from fedllm.runtime.flare.seal import seal_of
 from fedllm.runtime.freshness import Freshness
@@ -136,9 +137,11 @@ def _opened(kit: Kit, seal: Seal, asked: dict[str, Any], run_id: str, desk: Desk
         run.close()
         raise
 
+    desk.use(PartyLines(kit, desk.channel.job_id))
+
     def fetch(frame: Frame) -> Blob:
         desk.say("fetching")
-        ask = asker(desk.channel, SERVER, frame.blob_digest)
+        ask = asker(desk.way, SERVER, frame.blob_digest)
         return spool.pull(frame.blob_digest, frame.blob_size, sender=SERVER, ask=ask, cancelled=desk.is_closed)
 
     guard = Guard(log, job, party, own, run_id)

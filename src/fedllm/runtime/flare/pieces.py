@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import struct
 import threading
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 from fedllm.runtime.flare.channel import Channel, Topic
+from fedllm.runtime.flare.lines import WISH, Lines
 from fedllm.wire.blob import Blob, Buffer, read
 from fedllm.wire.spool import MAX_PIECE_BYTES, Ask
 
-_WISH = struct.Struct("<32sQI")
 _CALL_S = 15.0
 
 
@@ -26,7 +26,7 @@ class Offers:
         self._offered: dict[bytes, tuple[Blob, set[str]]] = {}
         self._lock = threading.Lock()
         self._on_piece = on_piece
-        channel.serve(Topic.PULL, self._give)
+        channel.serve(Topic.PULL, self.give)
 
     def offer(self, blob: Blob, to: str) -> None:
         """Let one more pull a blob.
@@ -48,10 +48,16 @@ class Offers:
             for blob in blobs:
                 self._offered.pop(bytes.fromhex(blob.digest), None)
 
-    def _give(self, peer: str, wish: Buffer) -> Buffer:
-        if len(wish) != _WISH.size:
+    def give(self, peer: str, wish: Buffer) -> Buffer:
+        """Return the piece that a peer wishes for, or nothing if it is not to have it.
+
+        Args:
+            peer: Its name.
+            wish: Digest, offset and length.
+        """
+        if len(wish) != WISH.size:
             return b""
-        digest, offset, length = _WISH.unpack(wish)
+        digest, offset, length = WISH.unpack(wish)
         with self._lock:
             blob, to = self._offered.get(digest, (None, set()))
         if blob is None or peer not in to or length > MAX_PIECE_BYTES or offset + length > blob.size:
@@ -65,19 +71,37 @@ class Offers:
         return piece
 
 
-def asker(channel: Channel, peer: str, digest: str, *, on_piece: Callable[[str], None] = lambda peer: None) -> Ask:
+@dataclass(frozen=True)
+class Way:
+    """To a peer: by a direct line, and where there is none through FLARE's cells."""
+
+    channel: Channel
+    lines: Lines | None = None
+
+    def ask(self, peer: str, wish: bytes) -> Buffer | None:
+        """Return a peer's answer to a wish, or None where none came.
+
+        Args:
+            peer: Its name.
+            wish: What is asked for.
+        """
+        piece = self.lines.ask(peer, wish) if self.lines else None
+        return piece if piece is not None else self.channel.call(peer, Topic.PULL, wish, timeout_s=_CALL_S)
+
+
+def asker(way: Way, peer: str, digest: str, *, on_piece: Callable[[str], None] = lambda peer: None) -> Ask:
     """Return what asks a peer for pieces of a blob.
 
     Args:
-        channel: To the peer.
+        way: To the peer.
         peer: Who offers the blob.
         digest: The blob's SHA-256, in hex.
         on_piece: Called with the peer's name when a piece came.
     """
 
     def ask(offset: int, length: int) -> Buffer | None:
-        wish = _WISH.pack(bytes.fromhex(digest), offset, length)
-        piece = channel.call(peer, Topic.PULL, wish, timeout_s=_CALL_S)
+        wish = WISH.pack(bytes.fromhex(digest), offset, length)
+        piece = way.ask(peer, wish)
         if piece:
             on_piece(peer)
         return piece

@@ -17,8 +17,8 @@ from fedllm.job.party import Party
 from fedllm.runs.audit_log import AUDIT_FILE, AuditLog
 from fedllm.runs.control import read_object
 from fedllm.runs.jsonl import write_json
-from fedllm.runtime.flare.transport import SOCKETS
-from fedllm.runtime.flare.workspace import write_workspace
+from fedllm.runtime.flare.door import SOCKETS
+from fedllm.runtime.flare.workspace import ENVIRONMENT, write_workspace
 from fedllm.runtime.supervise import Supervised, only_one
 
 _LOOK_S = 0.3
@@ -85,7 +85,7 @@ def _keep(site: Path, what: str, start: Callable[[], tuple[Kit, list[str]]], say
     state = make_private(site / "state")
     with only_one(state, what=what), TemporaryDirectory(prefix="fedllm-") as sockets:
         kit, command = start()
-        process = Supervised(command, state / "engine.log", os.environ | {SOCKETS: sockets})
+        process = Supervised(command, state / "engine.log", ENVIRONMENT | os.environ | {SOCKETS: sockets})
         say(f"{what} of project {kit.project}, {kit.host}:{kit.port}, certificate until {kit.expires:%Y-%m-%d}")
         said = ""
         try:

@@ -16,6 +16,7 @@ from fedllm.runs.jsonl import write_json
 from fedllm.runs.plan_files import read_plan
 from fedllm.runtime.base import SERVER
 from fedllm.runtime.flare.channel import Channel
+from fedllm.runtime.flare.lines import ServerLines
 from fedllm.runtime.flare.link import FlareLink
 from fedllm.runtime.flare.seal import seal_of
 from fedllm.runtime.guard import AuditedLink, Auditor
@@ -62,10 +63,12 @@ def drive_run(
         if run.last_commit() is not None:
             run.event("run_resumed")
         with concluding(run):
+            kit, channel = open_kit(site), make_channel(job.parties)
             link = FlareLink(
-                make_channel(job.parties),
+                channel,
                 spool=Spool(path / "spool"),
-                seal=seal_of(open_kit(site)),
+                seal=seal_of(kit),
+                lines=ServerLines(kit, channel.job_id, channel.peers),
                 aborted=aborted,
                 on_stale=partial(_note_late, run),
             )

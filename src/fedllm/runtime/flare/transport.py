@@ -8,11 +8,9 @@ port that every user of that machine can open. These drivers do the same work wi
 from __future__ import annotations
 
 import logging
-import os
 import secrets
 import socket
 import ssl
-import tempfile
 import threading
 import time
 from contextlib import suppress
@@ -26,9 +24,9 @@ from nvflare.fuel.f3.drivers.driver import ConnectorInfo
 from nvflare.fuel.f3.drivers.driver_params import DriverCap, DriverParams
 from nvflare.fuel.f3.drivers.socket_conn import SocketConnection
 
+from fedllm.runtime.flare.door import is_handed_over, sockets_folder
+
 TLS_SCHEME, LOCAL_SCHEME = "tcp", "fedllm-local"
-# Names the folder of this machine's sockets to the processes below a supervisor.
-SOCKETS = "FEDLLM_SOCKETS"
 # Room for this many strangers in the midst of a handshake, each for so long.
 _BACKLOG = 128
 _HANDSHAKE_S = 10.0
@@ -97,13 +95,15 @@ class _TlsServer(ThreadingTCPServer):
         """Return the connection after its handshake, or None for one that is refused; the log says why."""
         sock.settimeout(_HANDSHAKE_S)
         try:
+            if is_handed_over(sock):
+                return None
             made = self._context.wrap_socket(sock, server_side=True)
             # In TLS 1.3 a client's certificate may arrive after the handshake as the client sees it; here it is there.
             made.settimeout(None)
-            _tune(made)
+            tune(made)
             return made
         except (OSError, ValueError) as error:
-            _log.warning("connection from %s refused: %s", address[0], _reason(error))
+            _log.warning("connection from %s refused: %s", address[0], reason_of(error))
             with suppress(OSError):
                 sock.close()
             return None
@@ -173,10 +173,10 @@ class TlsDriver(BaseDriver):
                 plain = socket.create_connection((host, port), timeout=_CONNECT_S)
                 sock: socket.socket = client_context(params).wrap_socket(plain, server_hostname=host)
                 sock.settimeout(None)
-                _tune(sock)
+                tune(sock)
                 return sock
             except (OSError, ValueError) as error:
-                if (reason := _reason(error)) != said:
+                if (reason := reason_of(error)) != said:
                     said = reason
                     _log.warning("no connection to %s:%s: %s", host, port, reason)
                 # FLARE waits ever longer between two tries, which a server that was away for a moment need not cost.
@@ -243,10 +243,7 @@ class LocalDriver(BaseDriver):
         if self._server:
             self._server.shutdown()
             self._server.server_close()
-            path = Path(str(self._server.server_address))
-            path.unlink(missing_ok=True)
-            with suppress(OSError):
-                path.parent.rmdir()
+            Path(str(self._server.server_address)).unlink(missing_ok=True)
 
     @staticmethod
     def get_urls(scheme: str, resources: dict[str, Any]) -> tuple[str, str]:
@@ -256,10 +253,7 @@ class LocalDriver(BaseDriver):
             scheme: This driver's.
             resources: Unused.
         """
-        # A path of a socket has 108 bytes at most, so it is not in the workspace. Either folder has the mode 0700; the
-        # supervisor's is removed with whatever killed processes left in it.
-        folder = os.environ.get(SOCKETS) or tempfile.mkdtemp(prefix="fedllm-")
-        url = f"{scheme}://local{folder}/{secrets.token_hex(4)}"
+        url = f"{scheme}://local{sockets_folder()}/{secrets.token_hex(4)}"
         return url, url
 
 
@@ -275,14 +269,26 @@ def _socket_path(params: dict[str, Any]) -> str:
     return urlparse(str(params[DriverParams.URL.value])).path
 
 
-def _tune(sock: socket.socket) -> None:
+def tune(sock: socket.socket) -> None:
+    """Have a connection send at once, and notice within half a minute that its other end is gone.
+
+    Args:
+        sock: The connection.
+    """
+    # TLS writes 16 kB at a time. Each would wait until the other side has acknowledged the one before.
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, seconds in _KEEPALIVE.items():
         if hasattr(socket, name):
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), seconds)
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
+    """Return why a connection failed, in words for the log of this side.
+
+    Args:
+        error: What was raised.
+    """
     text = getattr(error, "reason", None) or getattr(error, "strerror", None) or type(error).__name__
     detail = getattr(error, "verify_message", "")
     return f"{text}{f' ({detail})' if detail else ''}"

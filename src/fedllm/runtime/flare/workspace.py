@@ -18,6 +18,8 @@ from fedllm.runtime.flare.transport import LOCAL_SCHEME, TLS_SCHEME
 
 # FLARE loads a class by its path from a job's config only if the path begins with one of these.
 CLASS_ALLOW_LIST = ["fedllm.runtime.flare."]
+# Dozens of threads carry messages; with an arena of memory each, a process would keep many times what it needs.
+ENVIRONMENT = {"MALLOC_ARENA_MAX": "1"}
 _ORG = "fedllm"
 _COMMON = {"format_version": 2, "class_list_enforcement_mode": "enforce", "class_allow_list": CLASS_ALLOW_LIST}
 
