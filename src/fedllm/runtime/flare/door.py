@@ -12,7 +12,6 @@ import socket
 from contextlib import suppress
 from pathlib import Path
 
-from fedllm.wire.blob import Buffer
 
 # Names the folder of this machine's sockets to the processes below a supervisor. It is short, since a path of a socket
 # has 108 bytes at most, and goes with the supervisor.
@@ -72,7 +71,7 @@ def is_handed_over(sock: socket.socket) -> bool:
     return True
 
 
-def exactly(sock: socket.socket, length: int) -> Buffer:
+def exactly(sock: socket.socket, length: int) -> bytearray:
     """Return so many bytes from a connection.
 
     Args:
