@@ -12,7 +12,6 @@ import socket
 from contextlib import suppress
 from pathlib import Path
 
-
 # Names the folder of this machine's sockets to the processes below a supervisor. It is short, since a path of a socket
 # has 108 bytes at most, and goes with the supervisor.
 SOCKETS = "FEDLLM_SOCKETS"
