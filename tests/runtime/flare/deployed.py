@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,19 +88,23 @@ def _command(process: psutil.Process) -> str:
 
 
 @contextmanager
-def deployed(job_file: Path, root: Path, *options: str) -> Iterator[Deployed]:
+def deployed(
+    job_file: Path, root: Path, *options: str, environment: Mapping[str, str] | None = None
+) -> Iterator[Deployed]:
     """Start `fedllm up` for a job; whatever is left of it at the end is killed by its id.
 
     Args:
         job_file: The job.
         root: The folder of keys and states.
         options: More options of the command.
+        environment: More of the processes' environment.
     """
     root.mkdir(exist_ok=True)
     command = [sys.executable, "-m", "fedllm", "up", str(job_file), "--output", str(root), *options]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with (root / "up.log").open("ab") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+        process = subprocess.Popen(
+            command, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"} | (environment or {})
+        )
     made = Deployed(root, process)
     try:
         yield made
