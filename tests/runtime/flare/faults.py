@@ -11,7 +11,7 @@ import time
 from typing import Any
 
 FAULTS = "FAULTS"
-SECRET = "row 7 of the patients' file"
+PRIVATE = "row 7 of the patients' file"
 # Longer than a round may take in the tests.
 STUCK_S = 12.0
 
@@ -52,7 +52,7 @@ def install(party: str, plan: dict[int, str]) -> None:
     def bad_handle(self: Any, request: Any, round_: int, deadline: float) -> Any:
         fault = plan.get(round_) if self.party == party and is_training(request) else None
         if fault == "raise":
-            raise RuntimeError(SECRET)
+            raise RuntimeError(PRIVATE)
         if fault == "stuck":
             time.sleep(STUCK_S)
         return handle(self, request, round_, deadline)
@@ -66,7 +66,8 @@ def install(party: str, plan: dict[int, str]) -> None:
             )
         return packed(self, payload, envelope)
 
-    PartyHost._handle, PartyHost._packed = bad_handle, bad_packed
+    PartyHost._handle = bad_handle  # type: ignore[method-assign]
+    PartyHost._packed = bad_packed  # type: ignore[method-assign]
     if set(plan.values()) & {"twice", "replay"}:
         _repeat(plan)
 

@@ -14,7 +14,7 @@ from tiny import TinyFederation
 
 pytest.importorskip("nvflare")
 
-from faults import FAULTS, SECRET, install
+from faults import FAULTS, PRIVATE, install
 
 Make = Callable[..., TinyFederation]
 PLAN: dict[str, Any] = {
@@ -50,7 +50,7 @@ def test_a_party_that_misbehaves_is_named_and_the_others_go_on_to_the_same_bits(
         assert commits == list(range(8))
         # What went wrong at a site stays there.
         coordinator = up.root / "coordinator"
-        assert not [path for path in coordinator.rglob("*") if path.is_file() and SECRET.encode() in path.read_bytes()]
+        assert not [path for path in coordinator.rglob("*") if path.is_file() and PRIVATE.encode() in path.read_bytes()]
 
 
 def undisturbed_by_east(federation: TinyFederation, monkeypatch: pytest.MonkeyPatch) -> str:
