@@ -4,7 +4,8 @@ Run: python benchmarks/recovery.py                       (32 kills, about 25 min
      python benchmarks/recovery.py --kills 8             (every fourth of them)
 
 Server and parties are real processes on loopback with mutual TLS, as after `fedllm up`. "Goes on after" is the time
-from the kill to the next line in the server's journal: detection, new processes, loading of the model, handshake.
+from the kill until the run was resumed and wrote the next line of its journal: detection, new processes, loading of the
+model, handshake. It is missing where the run ended without being resumed.
 """
 
 from __future__ import annotations
@@ -103,13 +104,23 @@ def kill_once(job: Path, root: Path, what: str, moment: int, expected: str) -> T
         up.wait_for(lambda: happened(up), seconds=_TRIAL_S)
         time.sleep(delay)
         up.kill(what)
-        killed, lines = time.monotonic(), len(up.journal())
-        up.wait_for(lambda: len(up.journal()) > lines or up.process.poll() is not None, seconds=_TRIAL_S)
-        goes_on = time.monotonic() - killed if len(up.journal()) > lines else None
+        killed, before = time.monotonic(), taken_up(up)
+        up.wait_for(lambda: taken_up(up) > before or up.process.poll() is not None, seconds=_TRIAL_S)
+        goes_on = None
+        if taken_up(up) > before:
+            lines = len(up.journal())
+            up.wait_for(lambda: len(up.journal()) > lines or up.process.poll() is not None, seconds=_TRIAL_S)
+            goes_on = time.monotonic() - killed
         up.end(seconds=_TRIAL_S)
         commits = [number for number, step in up.journal() if step == "commit"]
         is_same = up.verdict().get("adapter_sha256") == expected
         return Trial(what, name, goes_on, is_same, commits == list(range(ROUNDS + 1)))
+
+
+def taken_up(up: Deployed) -> int:
+    """Return the number of the present start of the run at the server; each has a higher one."""
+    path = up.run / "epoch.json"
+    return int(json.loads(path.read_text())["epoch"]) if path.exists() else 0
 
 
 def undisturbed(job: Path, run: Path) -> str:

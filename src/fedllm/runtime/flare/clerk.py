@@ -4,6 +4,7 @@ crash, until it is finished or somebody wants it paused. Nobody can submit a job
 
 from __future__ import annotations
 
+import errno
 import logging
 import tempfile
 import threading
@@ -22,7 +23,7 @@ from nvflare.lighter.utils import load_private_key_file, sign_folders
 from nvflare.private.fed.server.job_meta_validator import JobMetaValidator
 
 from fedllm.job.job import Job
-from fedllm.runs.control import is_worked_on, verdict, wanted
+from fedllm.runs.control import PASSES, is_worked_on, verdict, wanted
 from fedllm.runs.folder import RunFolder, last_commit, now, run_identity
 from fedllm.runs.jsonl import write_json
 from fedllm.runs.plan_files import read_plan
@@ -31,14 +32,13 @@ from fedllm.runtime.run import conclude
 
 _log = logging.getLogger("fedllm.clerk")
 _LOOK_S = 0.5
-# What passes by itself once the parties are back; all else waits for `fedllm resume`.
-_PASSES = {"INTERRUPTED", "PARTY_LOST", "ROUND_TIMEOUT", "QUORUM"}
 _FINAL = {"SUCCESS", "PARTIAL", "FAILED"}
 # A job that has not begun to work on its run after so long is taken back.
 _START_S = 90.0
 _PATIENCE = 5
 # A cut connection has so long to come back before the process behind it counts as ended.
 _RECONNECT_S = 2.0
+_NO_SPACE = f"[Errno {errno.ENOSPC}]"
 _PAUSE_S = (0.0, 1.0, 3.0, 10.0, 20.0)
 
 
@@ -87,7 +87,7 @@ class Clerk(FLComponent):
         while True:
             try:
                 with engine.new_context() as fl_ctx:
-                    clients = sorted(client.name for client in engine.get_clients())
+                    clients = _connected(engine)
                     for path in sorted((self._site / "state" / "runs").glob("*/control.json")):
                         self._look(path.parent, clients, engine, fl_ctx)
                     self._write_status(clients)
@@ -132,18 +132,20 @@ class Clerk(FLComponent):
         lost = sorted(name for name, since in attempts.gone.items() if moment - since > _RECONNECT_S)
         if lost:
             attempts.why = f"the process of {', '.join(lost)} ended"
+            if attempts.waits is None:
+                attempts.waits, attempts.waiting_since = min(attempts.gone[name] for name in lost), now()
         return bool(lost)
 
     @staticmethod
     def _may_go_on(found: dict[str, Any]) -> bool:
-        return found.get("status") != "PAUSED" or found.get("code") in _PASSES
+        return found.get("status") != "PAUSED" or found.get("code") in PASSES
 
     def _is_on_its_way(self, attempts: Attempts, engine: Any, fl_ctx: FLContext) -> bool:
         job = engine.job_def_manager.get_job(attempts.job_id, fl_ctx)
         status = job.meta.get(JobMetaKey.STATUS.value) if job else None
         ended = status not in (RunStatus.SUBMITTED.value, RunStatus.DISPATCHED.value, RunStatus.RUNNING.value)
         if ended and job:
-            attempts.why = "; ".join(map(str, job.meta.get(JobMetaKey.JOB_DEPLOY_DETAIL.value) or [status]))[:300]
+            attempts.why = _why_not(job.meta.get(JobMetaKey.JOB_DEPLOY_DETAIL.value) or []) or str(status)
         return not ended and time.monotonic() - attempts.since < _START_S
 
     def _close(self, run: Path, attempts: Attempts, fl_ctx: FLContext, engine: Any) -> None:
@@ -232,6 +234,21 @@ class Clerk(FLComponent):
         }
         facts = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "connected": clients, "runs": runs}
         write_json(self._site / "state" / "clerk.json", facts)
+
+
+def _connected(engine: Any) -> list[str]:
+    """Return the parties whose connection stands; FLARE itself keeps one that ended on its list for a minute."""
+    standing = set(engine.get_cell().core_cell.agents)
+    return sorted(client.name for client in engine.get_clients() if client.name in standing)
+
+
+def _why_not(told: list[str]) -> str:
+    """Return which sites did not take a job, from FLARE's "SITE: WHAT"; a site's own words stay in its log."""
+    found = {}
+    for site, _, what in (line.partition(": ") for line in told):
+        if what not in ("", "OK") and site != "invalid_clients":
+            found[site] = "DISK_FULL" if _NO_SPACE in what else "the job cannot be begun there"
+    return ", ".join(f"{site}: {why}" for site, why in found.items())
 
 
 def _verdict(run: Path, reason: str, *, code: str) -> None:
