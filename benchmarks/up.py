@@ -57,7 +57,9 @@ def load_s(base: Path, parties: int) -> float:
         parties: How many.
     """
     started = time.monotonic()
-    loading = [subprocess.Popen([sys.executable, "-c", _LOAD, str(base)]) for _ in range(parties)]
+    loading = [
+        subprocess.Popen([sys.executable, "-c", _LOAD, str(base)], stderr=subprocess.DEVNULL) for _ in range(parties)
+    ]
     if any(process.wait() for process in loading):
         raise RuntimeError("the model could not be loaded")
     return time.monotonic() - started

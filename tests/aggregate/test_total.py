@@ -50,6 +50,20 @@ def test_the_mean_is_the_exact_weighted_mean_of_the_rounded_values(terms: list[t
         assert abs(Fraction(found) - unrounded) <= STEP / 2 + abs(unrounded) * Fraction(1, 2**23)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int32])
+@pytest.mark.parametrize("largest", [1.0, 2 - 2**-23, 2.0, 2 + 2**-22, 1000.0])
+@pytest.mark.parametrize("weight", [1, 3, 5000])
+def test_the_sum_is_that_of_the_values_on_the_grid_whatever_their_size_and_type(
+    dtype: torch.dtype, largest: float, weight: int
+) -> None:
+    tensor = torch.linspace(-largest, largest, 2 * 2**17 + 5, dtype=torch.float64).to(dtype)
+    grid = GridSum()
+    for _ in range(2):
+        grid.add({"w": tensor}, weight=weight, counts={}, sender="north")
+    assert grid._sums is not None
+    assert torch.equal(grid._sums["w"], 2 * weight * to_grid(tensor))
+
+
 @given(terms=terms_strategy, data=st.data())
 @settings(max_examples=50, deadline=None)
 def test_every_order_gives_the_same_bits(terms: list[tuple[int, list[float]]], data: st.DataObject) -> None:

@@ -21,7 +21,7 @@ from fedllm.wire.blob import Blob, Buffer, FileBlob, in_memory, write_parts
 
 # Up to this size tensors travel inside their message, in one call.
 INLINE_BYTES = 2**20 + 2**16
-MAX_PIECE_BYTES = 2**19
+MAX_PIECE_BYTES = 2**20
 _MIN_PIECE_BYTES = 2**14
 _FIRST_PIECE_BYTES = 2**16
 # So many pieces are asked for at a time, fewer where each is there at once. What is on its way is lost with the

@@ -26,9 +26,9 @@ from nvflare.fuel.f3.drivers.connector_info import ConnectorInfo, Mode
 
 from fedllm.runtime.flare import lines as lines_module
 from fedllm.runtime.flare.door import SOCKETS, preamble
-from fedllm.runtime.flare.lines import WISH, PartyLines, ServerLines
+from fedllm.runtime.flare.lines import WISH, PartyLines, Piece, ServerLines
 from fedllm.runtime.flare.transport import TlsDriver
-from fedllm.wire.blob import Buffer
+from fedllm.wire.blob import Buffer, FileBlob, MemoryBlob
 from fedllm.wire.spool import MAX_PIECE_BYTES
 
 LOOPBACK = "127.0.0.1"
@@ -46,12 +46,17 @@ class Site:
     given: list[tuple[str, bytes]] = field(default_factory=list)
     piece: bytes = b"a piece"
 
-    def give(self, peer: str, wish: Buffer) -> Buffer:
+    def find(self, peer: str, wish: Buffer) -> Piece:
         self.given.append((peer, bytes(wish)))
-        return self.piece
+        return piece_of(self.piece)
 
     def party(self, name: str, *, job_id: str = JOB_ID) -> PartyLines:
         return PartyLines(self.kits[name], job_id)
+
+
+def piece_of(data: bytes) -> Piece:
+    """Return a piece from within a blob."""
+    return Piece(MemoryBlob(b"before" + data + b"after"), len(b"before"), len(data))
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +87,7 @@ def site(
     thread = threading.Thread(target=driver.listen, args=(connector,), daemon=True)
     thread.start()
     made = Site(kits, ServerLines(kit, JOB_ID, ("north", "east")))
-    made.lines.serve(made.give)
+    made.lines.serve(made.find)
     wait_until(lambda: is_listening(kit.port))
     yield made
     made.lines.close()
@@ -114,7 +119,7 @@ def test_a_party_asks_the_server_over_a_line_of_its_own(site: Site) -> None:
 
 def test_the_server_asks_a_party_over_lines_that_the_party_opened(site: Site) -> None:
     north = site.party("north")
-    north.serve(lambda peer, wish: f"{peer} asked for {len(wish)} bytes of wish".encode())
+    north.serve(lambda peer, wish: piece_of(f"{peer} asked for {len(wish)} bytes of wish".encode()))
     assert site.lines.ask("north", WISH_FOR) is None, "before the party has opened one there is none"
     north.need()
     north.need()
@@ -123,7 +128,7 @@ def test_the_server_asks_a_party_over_lines_that_the_party_opened(site: Site) ->
     north.close()
 
 
-@pytest.mark.parametrize("size", [0, 1, MAX_PIECE_BYTES])
+@pytest.mark.parametrize("size", [0, 1, lines_module._PART_BYTES, lines_module._PART_BYTES + 1, MAX_PIECE_BYTES])
 def test_pieces_of_every_size_come_whole(site: Site, size: int) -> None:
     site.piece = bytes(range(256)) * (size // 256) + bytes(size % 256)
     north = site.party("north")
@@ -135,6 +140,23 @@ def test_a_piece_that_is_too_long_is_not_taken(site: Site) -> None:
     site.piece = bytes(MAX_PIECE_BYTES + 1)
     north = site.party("north")
     assert north.ask(SERVER, WISH_FOR) is None
+    north.close()
+
+
+def test_a_piece_that_a_party_is_not_to_have_is_none(site: Site) -> None:
+    site.lines._find = lambda peer, wish: None
+    north = site.party("north")
+    assert north.ask(SERVER, WISH_FOR) == b""
+    north.close()
+
+
+def test_a_blob_that_is_withdrawn_while_it_is_sent_ends_the_line_and_no_more(site: Site, tmp_path: Path) -> None:
+    gone = FileBlob(tmp_path / "gone", "d" * 64, 10)
+    site.lines._find = lambda peer, wish: Piece(gone, 0, 10)
+    north = site.party("north")
+    assert north.ask(SERVER, WISH_FOR) is None
+    site.lines._find = site.find
+    assert north.ask(SERVER, WISH_FOR) == site.piece
     north.close()
 
 

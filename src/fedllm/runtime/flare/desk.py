@@ -76,7 +76,7 @@ class Desk:
             lines: To the server.
         """
         self.way = Way(self.channel, lines)
-        lines.serve(self._offers.give)
+        lines.serve(self._offers.find)
 
     def is_closed(self) -> bool:
         """Return whether it was closed."""

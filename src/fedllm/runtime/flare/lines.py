@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from queue import Empty, Full, LifoQueue
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from cryptography.hazmat.primitives.serialization import Encoding
 
@@ -26,7 +26,7 @@ from fedllm.identity.kit import Kit
 from fedllm.runtime.base import SERVER
 from fedllm.runtime.flare.door import door_of, exactly, preamble
 from fedllm.runtime.flare.transport import client_context, reason_of, server_context, tune
-from fedllm.wire.blob import Buffer
+from fedllm.wire.blob import Blob, Buffer
 from fedllm.wire.spool import MAX_PIECE_BYTES
 
 _log = logging.getLogger("fedllm.lines")
@@ -43,14 +43,27 @@ _RETRY_S = 2.0
 # Where no line could be opened, it is not tried again for so long.
 _AWAY_S = 30.0
 
-Give = Callable[[str, Buffer], Buffer]
+# A piece is read and sent in parts that stay in the processor's cache.
+_PART_BYTES = 2**18
+
+
+class Piece(NamedTuple):
+    """A piece of a blob."""
+
+    blob: Blob
+    offset: int
+    length: int
+
+
+# (peer, wish) -> the piece, or None if that peer is not to have it.
+Find = Callable[[str, Buffer], Piece | None]
 
 
 class Lines(Protocol):
     """Lines to some peers."""
 
-    def serve(self, give: Give) -> None:
-        """Give peers that ask over a line what `give(peer, wish)` returns."""
+    def serve(self, find: Find) -> None:
+        """Give peers that ask over a line what `find(peer, wish)` returns."""
         ...
 
     def ask(self, peer: str, wish: bytes) -> Buffer | None:
@@ -84,19 +97,19 @@ class ServerLines:
             {"ca_cert": str(kit.ca), "server_cert": str(kit.cert), "server_key": str(kit.key)}
         )
         self._idle: dict[str, LifoQueue[ssl.SSLSocket]] = {party: LifoQueue(_LINES) for party in parties}
-        self._give: Give = lambda peer, wish: b""
+        self._find: Find = lambda peer, wish: None
         self._asking = {party: threading.BoundedSemaphore(_LINES) for party in parties}
         self._room = threading.BoundedSemaphore(_HANDSHAKES)
         self._door = socket.socket(socket.AF_UNIX)
         self._path = door_of(job_id)
 
-    def serve(self, give: Give) -> None:
+    def serve(self, find: Find) -> None:
         """Take connections from now on.
 
         Args:
-            give: (party, wish) -> piece.
+            find: See `Find`.
         """
-        self._give = give
+        self._find = find
         self._path.unlink(missing_ok=True)
         self._door.bind(str(self._path))
         self._door.listen(_HANDSHAKES)
@@ -158,7 +171,7 @@ class ServerLines:
             _put(line, self._idle[party])
         elif self._asking[party].acquire(blocking=False):
             try:
-                _answer_all(line, lambda wish: self._give(party, wish))
+                _answer_all(line, lambda wish: self._find(party, wish))
             finally:
                 self._asking[party].release()
         else:
@@ -183,19 +196,19 @@ class PartyLines:
         )
         self._preamble = preamble(job_id)
         self._idle: LifoQueue[ssl.SSLSocket] = LifoQueue(_LINES)
-        self._give: Give = lambda peer, wish: b""
+        self._find: Find = lambda peer, wish: None
         self._answering: set[ssl.SSLSocket] = set()
         self._has_lines = False
         self._away_until = 0.0
         self._ended = threading.Event()
 
-    def serve(self, give: Give) -> None:
+    def serve(self, find: Find) -> None:
         """Say what to give over lines; `need` opens them.
 
         Args:
-            give: (peer, wish) -> piece.
+            find: See `Find`.
         """
-        self._give = give
+        self._find = find
 
     def ask(self, peer: str, wish: bytes) -> Buffer | None:
         """Return the server's answer to a wish, or None where no line could be opened.
@@ -237,7 +250,7 @@ class PartyLines:
             with suppress(OSError, ValueError):
                 line = self._called(_GIVES)
                 self._answering.add(line)
-                _answer_all(line, lambda wish: self._give(SERVER, wish))
+                _answer_all(line, lambda wish: self._find(SERVER, wish))
                 self._answering.discard(line)
             self._ended.wait(_RETRY_S)
 
@@ -283,16 +296,28 @@ def _asked(line: ssl.SSLSocket, wish: bytes, idle: LifoQueue[ssl.SSLSocket]) -> 
     return piece
 
 
-def _answer_all(line: ssl.SSLSocket, give: Callable[[Buffer], Buffer]) -> None:
+def _answer_all(line: ssl.SSLSocket, find: Callable[[Buffer], Piece | None]) -> None:
+    buffer = memoryview(bytearray(_LENGTH.size + _PART_BYTES))
     with line, suppress(OSError):
         while True:
             # Until it is asked; a connection that died is noticed by keepalive.
             line.settimeout(None)
-            wish = exactly(line, WISH.size)
-            piece = give(wish)
+            piece = find(exactly(line, WISH.size))
             line.settimeout(_ANSWER_S)
-            line.sendall(_LENGTH.pack(len(piece)))
-            line.sendall(piece)
+            _send(line, piece, buffer)
+
+
+def _send(line: ssl.SSLSocket, piece: Piece | None, buffer: memoryview) -> None:
+    """Send a piece, its length before it; a blob that was withdrawn meanwhile ends the line."""
+    start = _LENGTH.size
+    buffer[:start] = _LENGTH.pack(piece.length if piece else 0)
+    if piece is None or not piece.length:
+        line.sendall(buffer[:start])
+        return
+    for at in range(0, piece.length, _PART_BYTES):
+        end = start + min(_PART_BYTES, piece.length - at)
+        piece.blob.read_into(piece.offset + at, buffer[start:end])
+        line.sendall(buffer[0 if at == 0 else start : end])
 
 
 def _put(line: ssl.SSLSocket, idle: LifoQueue[ssl.SSLSocket]) -> None:

@@ -153,7 +153,7 @@ class FlareLink(Link):
         self.waiting: dict[str, float] = {}
         self._offers = Offers(channel, on_piece=self._alive)
         if lines:
-            lines.serve(self._offers.give)
+            lines.serve(self._offers.find)
         channel.serve(Topic.DONE, self._on_done)
         channel.serve(Topic.BEAT, self._on_beat)
 

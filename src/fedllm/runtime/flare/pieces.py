@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from fedllm.runtime.flare.channel import Channel, Topic
-from fedllm.runtime.flare.lines import WISH, Lines
+from fedllm.runtime.flare.lines import WISH, Lines, Piece
 from fedllm.wire.blob import Blob, Buffer, read
 from fedllm.wire.spool import MAX_PIECE_BYTES, Ask
 
@@ -26,7 +26,7 @@ class Offers:
         self._offered: dict[bytes, tuple[Blob, set[str]]] = {}
         self._lock = threading.Lock()
         self._on_piece = on_piece
-        channel.serve(Topic.PULL, self.give)
+        channel.serve(Topic.PULL, self._give)
 
     def offer(self, blob: Blob, to: str) -> None:
         """Let one more pull a blob.
@@ -48,27 +48,30 @@ class Offers:
             for blob in blobs:
                 self._offered.pop(bytes.fromhex(blob.digest), None)
 
-    def give(self, peer: str, wish: Buffer) -> Buffer:
-        """Return the piece that a peer wishes for, or nothing if it is not to have it.
+    def find(self, peer: str, wish: Buffer) -> Piece | None:
+        """Return the piece that a peer wishes for, or None if it is not to have it.
 
         Args:
             peer: Its name.
             wish: Digest, offset and length.
         """
         if len(wish) != WISH.size:
-            return b""
+            return None
         digest, offset, length = WISH.unpack(wish)
         with self._lock:
             blob, to = self._offered.get(digest, (None, set()))
         if blob is None or peer not in to or length > MAX_PIECE_BYTES or offset + length > blob.size:
-            return b""
+            return None
+        self._on_piece(peer)
+        return Piece(blob, offset, length)
+
+    def _give(self, peer: str, wish: Buffer) -> Buffer:
+        piece = self.find(peer, wish)
         try:
-            piece = read(blob, offset, length)
+            return read(piece.blob, piece.offset, piece.length) if piece else b""
         except OSError:
             # It was withdrawn meanwhile.
             return b""
-        self._on_piece(peer)
-        return piece
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,13 @@ from fedllm.runtime.flare.transport import LOCAL_SCHEME, TLS_SCHEME
 
 # FLARE loads a class by its path from a job's config only if the path begins with one of these.
 CLASS_ALLOW_LIST = ["fedllm.runtime.flare."]
-# Dozens of threads carry messages; with an arena of memory each, a process would keep many times what it needs.
-ENVIRONMENT = {"MALLOC_ARENA_MAX": "1"}
+# Dozens of threads carry messages; with an arena of memory each, a process would keep many times what it needs. And
+# memory for pieces and tensors, freed and taken again all the time, is not given back to the system each time.
+ENVIRONMENT = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": str(4 * 2**20),
+    "MALLOC_TRIM_THRESHOLD_": str(64 * 2**20),
+}
 _ORG = "fedllm"
 _COMMON = {"format_version": 2, "class_list_enforcement_mode": "enforce", "class_allow_list": CLASS_ALLOW_LIST}
 
