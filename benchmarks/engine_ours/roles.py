@@ -41,7 +41,7 @@ from fedllm.runtime.freshness import Freshness
 from fedllm.runtime.host import Blobs, PartyHost
 from fedllm.scenarios.base import Log, State, Summand
 from fedllm.scenarios.fedhomollm import SCENARIO, Initial, Server, Settings, Train
-from fedllm.wire.blob import Blob
+from fedllm.wire.blob import Blob, in_place
 from fedllm.wire.frame import Frame
 from fedllm.wire.payload import Manifest, Payload, Tensors, TensorSpec, manifest_of
 from fedllm.wire.spool import Spool
@@ -274,7 +274,7 @@ def member(site: Path, desk: Desk, load: dict[str, int]) -> Member:
         blobs=Blobs({}),
         seal=seal_of(kit),
         fresh=Freshness(own / "epoch.json"),
-        keep=spool.keep,
+        keep=in_place,
         fetch=fetch,
     )
     return Member(host, run)

@@ -21,6 +21,7 @@ from fedllm.wire.blob import (
     MemoryBlob,
     StoredTensors,
     in_memory,
+    in_place,
     largest_of,
     magnitude,
     parts_of,
@@ -154,3 +155,21 @@ def test_fields_that_lie_between_one_another_are_told_apart() -> None:
     data = torch.tensor([1.0]).numpy().tobytes() + b"\xff\xff\xff\x7f" + torch.tensor([2.0]).numpy().tobytes()
     blob = MemoryBlob(len(table).to_bytes(8, "little") + table + data)
     assert scan(blob, table_of(blob)) == ({"f": 2.0, "g": float(2**31 - 1)}, "")
+
+
+@pytest.mark.parametrize("shapes", [[], [(0,)], [(3,)], [(1000,), (0,), (7, 5), ()]])
+def test_tensors_in_place_are_the_same_bytes_as_a_copy(shapes: list[tuple[int, ...]]) -> None:
+    tensors = {f"t{number}": torch.randn(shape) for number, shape in enumerate(shapes)}
+    view, copy = in_place(parts_of(tensors)), in_memory(parts_of(tensors))
+    assert (view.size, view.digest, whole(view)) == (copy.size, copy.digest, whole(copy))
+    for start in range(0, copy.size, 13):
+        for length in (0, 1, 64, copy.size - start):
+            length = min(length, copy.size - start)
+            assert read(view, start, length) == read(copy, start, length)
+
+
+def test_tensors_in_place_are_not_copied() -> None:
+    tensors = {"w": torch.zeros(4)}
+    view = in_place(parts_of(tensors))
+    tensors["w"][3] = 1.0
+    assert whole(view)[-4:] == torch.ones(1).numpy().tobytes()

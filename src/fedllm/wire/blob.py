@@ -6,10 +6,11 @@ import hashlib
 import json
 import math
 import os
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -111,6 +112,39 @@ class MemoryBlob:
         """Nothing to do."""
 
 
+@dataclass(frozen=True, eq=False)
+class ViewBlob:
+    """Tensors where they lie in memory; nobody changes them as long as it is offered. See `Blob`."""
+
+    views: tuple[memoryview, ...]
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        return [0, *accumulate(map(len, self.views))]
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of all bytes, in hex."""
+        return write_parts(self.views, lambda part: None)[0]
+
+    @property
+    def size(self) -> int:
+        """How many bytes there are."""
+        return self._starts[-1]
+
+    def read_into(self, offset: int, target: memoryview) -> None:
+        """Fill `target` with the bytes from `offset` on."""
+        number, done = bisect_right(self._starts, offset) - 1, 0
+        while done < len(target):
+            at = offset + done - self._starts[number]
+            part = self.views[number][at : at + len(target) - done]
+            target[done : done + len(part)] = part
+            done, number = done + len(part), number + 1
+
+    def discard(self) -> None:
+        """Nothing to do."""
+
+
 @dataclass(frozen=True)
 class FileBlob:
     """A blob in a file, from `start` on. See `Blob`."""
@@ -169,6 +203,15 @@ def in_memory(parts: Iterable[Buffer]) -> MemoryBlob:
         parts: From `parts_of`.
     """
     return MemoryBlob(bytearray().join(parts))
+
+
+def in_place(parts: Iterable[Buffer]) -> ViewBlob:
+    """Return a blob of the pieces where they are, without a copy.
+
+    Args:
+        parts: From `parts_of`; the tensors must stay as they are while the blob is in use.
+    """
+    return ViewBlob(tuple(memoryview(part) for part in parts))
 
 
 def write_parts(parts: Iterable[Buffer], write: Callable[[Buffer], Any]) -> tuple[str, int]:

@@ -1,15 +1,14 @@
-"""Blobs on disk while they travel: written once for all receivers, pulled in pieces, resumed where one broke off."""
+"""Blobs on disk as they arrive: pulled in pieces, resumed where one broke off."""
 
 from __future__ import annotations
 
 import ctypes
 import hashlib
-import itertools
 import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from io import BufferedRandom
 from pathlib import Path
 
 from fedllm.errors import PayloadError, ResourceError
-from fedllm.wire.blob import Blob, Buffer, FileBlob, in_memory, write_parts
+from fedllm.wire.blob import Buffer, FileBlob
 
 # Up to this size tensors travel inside their message, in one call.
 INLINE_BYTES = 2**20 + 2**16
@@ -54,34 +53,11 @@ class Spool:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._number = itertools.count()
         with _full_disk_told(folder):
             folder.mkdir(parents=True, exist_ok=True)
             for path in folder.iterdir():
                 if path.suffix != ".part":
                     path.unlink()
-
-    def keep(self, parts: Iterable[Buffer]) -> Blob:
-        """Return pieces as a blob: in memory if it is small enough to travel inside a message, else in a file.
-
-        Args:
-            parts: From `parts_of`; they are not all held at the same time.
-
-        Raises:
-            ResourceError: `DISK_FULL`.
-        """
-        parts = iter(parts)
-        first: list[Buffer] = []
-        for part in parts:
-            first.append(part)
-            if sum(map(len, first)) > INLINE_BYTES:
-                return self._in_file(itertools.chain(first, parts))
-        return in_memory(first)
-
-    def _in_file(self, parts: Iterable[Buffer]) -> FileBlob:
-        path = self._folder / f"{next(self._number)}.out"
-        with _full_disk_told(path), path.open("xb") as handle:
-            return FileBlob(path, *write_parts(parts, handle.write))
 
     def pull(
         self, digest: str, size: int, *, sender: str, ask: Ask, cancelled: Callable[[], bool] = lambda: False

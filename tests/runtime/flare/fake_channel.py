@@ -68,6 +68,7 @@ class End:
     air: Air
     name: str
     names: list[str]
+    job_id: str = "0b0f7c1e"
 
     @property
     def peers(self) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ from fedllm.runtime.flare.desk import Desk
 from fedllm.runtime.flare.pieces import asker
 from fedllm.scenarios.base import Summand
 from fedllm.wire import spool as spool_module
-from fedllm.wire.blob import Blob, Buffer
+from fedllm.wire.blob import Blob, Buffer, in_place
 from fedllm.wire.frame import Frame, Parcel, decode, encode, pack, unpack, with_blob
 from fedllm.wire.payload import Failure, Payload, TensorMap, Tensors, manifest_of
 from fedllm.wire.spool import INLINE_BYTES, Spool
@@ -81,7 +81,7 @@ class Party:
         assert isinstance(question, Question)
         update = {name: tensor + self.value for name, tensor in question.adapter.items()}
         answer = Summand(weight=1, counts={"n": 1.0}, tensors=update)
-        return pack(self.change(encode(answer, frame.envelope.reply(), keep=self.spool.keep)))
+        return pack(self.change(encode(answer, frame.envelope.reply(), keep=in_place)))
 
     def close(self) -> None:
         self.closed = True
@@ -150,9 +150,9 @@ def test_large_tensors_are_pulled_and_no_message_holds_them(tmp_path: Path) -> N
     size = encode(Question(adapter=LARGE), None).blob_size  # type: ignore[arg-type]
     with world as (_, federation):
         check(total_of(federation, LARGE), LARGE)
-        # Parties hold the request's tensors, and their answer's until the next request; the server holds nothing.
+        # Parties hold the request's tensors on disk; the server holds nothing any more.
         assert not [path for path in spooled(tmp_path) if path.startswith(SERVER)]
-        assert len(spooled(tmp_path)) == 2 * len(VALUES)
+        assert len(spooled(tmp_path)) == len(VALUES)
         check(total_of(federation, LARGE, 2), LARGE)
     for name in VALUES:
         assert max(world.air.sent[SERVER, name, Topic.POST], world.air.sent[name, SERVER, Topic.DONE]) < 10_000

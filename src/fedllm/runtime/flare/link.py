@@ -18,7 +18,7 @@ from fedllm.runtime.base import Link, Seal, Wanted
 from fedllm.runtime.flare.channel import Channel, Topic
 from fedllm.runtime.flare.lines import Lines
 from fedllm.runtime.flare.pieces import Offers, Way, asker
-from fedllm.wire.blob import Blob, Buffer
+from fedllm.wire.blob import Blob, Buffer, in_place
 from fedllm.wire.frame import Frame, Parcel, join, split
 from fedllm.wire.spool import INLINE_BYTES, Spool, trim_memory
 
@@ -116,6 +116,10 @@ class _Exchange:
         return party not in self.pulling and time.monotonic() >= self.due[party]
 
 
+def _idle() -> _Exchange:
+    return _Exchange({}, 0.0, lambda party, parcel: None)
+
+
 class FlareLink(Link):
     """Sends each message to its party's process. See `fedllm.runtime.base.Link`.
 
@@ -141,7 +145,7 @@ class FlareLink(Link):
         self._way = Way(channel, lines)
         self._channel, self._spool, self._seal = channel, spool, seal
         self._aborted, self._on_stale = aborted, on_stale
-        self._now = _Exchange({}, 0.0, lambda party, parcel: None)
+        self._now = _idle()
         self._missed: deque[bytes] = deque(maxlen=_REMEMBERED)
         self._inbox: Queue[_Answer | BaseException] = Queue()
         # A call to a process that is gone takes a while; it must not hold up the next request.
@@ -168,12 +172,12 @@ class FlareLink(Link):
         return self._seal
 
     def keep(self, parts: Iterable[Buffer]) -> Blob:
-        """Return a request's tensors as a blob, written once for all parties.
+        """Return a request's tensors as a blob, the same for all parties; they stay where they are.
 
         Args:
             parts: The blob's bytes in pieces.
         """
-        return self._spool.keep(parts)
+        return in_place(parts)
 
     def exchange(
         self, messages: Mapping[str, Parcel], *, timeout_s: float, wanted: Wanted
@@ -206,6 +210,8 @@ class FlareLink(Link):
             exchange.over = True
             self._missed.extend(tokens[party] for party in self.waiting)
             self._offers.withdraw(exchange.offered)
+            # The request's tensors lie where its sender has them; nothing here may keep them any longer.
+            self._now = _idle()
 
     def close(self) -> None:
         """Let go of the threads; the processes end with FLARE's job."""

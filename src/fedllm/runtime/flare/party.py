@@ -30,7 +30,7 @@ from fedllm.runtime.host import PartyHost
 from fedllm.runtime.run import Watch, local_hosts
 from fedllm.runtime.site import open_site, party_tokens
 from fedllm.runtime.validate import upload_limits
-from fedllm.wire.blob import Blob
+from fedllm.wire.blob import Blob, in_place
 from fedllm.wire.frame import Frame, Parcel, encode, pack, unpack
 from fedllm.wire.payload import Failure
 from fedllm.wire.spool import Spool
@@ -145,7 +145,7 @@ def _opened(kit: Kit, seal: Seal, asked: dict[str, Any], run_id: str, desk: Desk
         return spool.pull(frame.blob_digest, frame.blob_size, sender=SERVER, ask=ask, cancelled=desk.is_closed)
 
     guard = Guard(log, job, party, own, run_id)
-    return Member(replace(host, guard=guard, seal=seal, fresh=fresh, keep=spool.keep, fetch=fetch), run)
+    return Member(replace(host, guard=guard, seal=seal, fresh=fresh, keep=in_place, fetch=fetch), run)
 
 
 def _checked(asked: dict[str, Any]) -> Job:

@@ -22,7 +22,7 @@ CLASS_ALLOW_LIST = ["fedllm.runtime.flare."]
 # memory for pieces and tensors, freed and taken again all the time, is not given back to the system each time.
 ENVIRONMENT = {
     "MALLOC_ARENA_MAX": "1",
-    "MALLOC_MMAP_THRESHOLD_": str(4 * 2**20),
+    "MALLOC_MMAP_THRESHOLD_": str(2**20 + 2**16),
     "MALLOC_TRIM_THRESHOLD_": str(64 * 2**20),
 }
 _ORG = "fedllm"
