@@ -69,7 +69,7 @@ class Frame:
 
 
 def encode(payload: Payload, envelope: Envelope, *, keep: Keep = in_memory) -> Frame:
-    """Return the frame of a payload; tensors go to the CPU and are copied.
+    """Return the frame of a payload; tensors go to the CPU, and are copied if `keep` says so.
 
     Args:
         payload: What to send.

@@ -299,3 +299,17 @@ def test_where_the_server_is_away_lines_are_not_tried_again_for_a_while(
     monkeypatch.setattr(north, "_away_until", 0.0)
     assert north.ask(SERVER, WISH_FOR) == site.piece
     north.close()
+
+
+def test_without_room_for_a_socket_there_are_no_lines_and_no_more(
+    kits: dict[str, Kit], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    deep = tmp_path / ("x" * 120)
+    deep.mkdir()
+    monkeypatch.setenv(SOCKETS, str(deep))
+    lines = ServerLines(kits[SERVER], JOB_ID, ("north",))
+    with caplog.at_level(logging.WARNING):
+        lines.serve(lambda peer, wish: None)
+    assert "go through FLARE" in caplog.text
+    assert lines.ask("north", WISH_FOR) is None
+    lines.close()

@@ -19,6 +19,8 @@ SOCKETS = "FEDLLM_SOCKETS"
 _WORD = b"fedllm line 1 "
 _PREAMBLE_BYTES = 64
 _JOB = re.compile(r"[0-9a-f-]{8,40}")
+# Of a job's name, which is drawn at random: enough to tell jobs apart, and short.
+_NAME_LENGTH = 12
 
 
 def sockets_folder() -> Path:
@@ -37,7 +39,7 @@ def door_of(job_id: str) -> Path:
     """
     if not _JOB.fullmatch(job_id):
         raise ValueError("not the name of a job")
-    return sockets_folder() / f"run-{job_id}"
+    return sockets_folder() / f"run-{job_id.replace('-', '')[:_NAME_LENGTH]}"
 
 
 def preamble(job_id: str) -> bytes:

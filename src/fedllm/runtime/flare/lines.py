@@ -110,8 +110,13 @@ class ServerLines:
             find: See `Find`.
         """
         self._find = find
-        self._path.unlink(missing_ok=True)
-        self._door.bind(str(self._path))
+        try:
+            self._path.unlink(missing_ok=True)
+            self._door.bind(str(self._path))
+        except OSError as error:
+            # Such as a folder for temporary files whose path is too long for a socket.
+            _log.warning("no lines for tensors, they go through FLARE: %s", error)
+            return
         self._door.listen(_HANDSHAKES)
         threading.Thread(target=self._wait, daemon=True, name="door").start()
 
