@@ -20,7 +20,7 @@ Make = Callable[..., TinyFederation]
 PLAN: dict[str, Any] = {
     "federation.num_rounds": 7,
     "federation.min_parties": 2,
-    "federation.round_timeout": 4.0,
+    "federation.round_timeout": 10.0,
     "federation.keep": "last",
     "federation.eval_every": 0,
     "train.local_steps": 5,
