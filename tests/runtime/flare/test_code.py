@@ -6,6 +6,7 @@ import json
 import os
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from fedllm.identity.files import CoordinatorFolder
 from fedllm.identity.kit import open_kit
 from fedllm.job.project import Project
 from fedllm.runs.jsonl import write_json
+from fedllm.runtime.flare.door import SOCKETS
 from fedllm.runtime.flare.workspace import write_workspace
 from fedllm.runtime.provision import provision_all
 
@@ -81,6 +83,8 @@ def let_all_in(root: Path) -> None:
 def processes(commands: dict[str, list[str]], logs: Path) -> Iterator[None]:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])}
     started = []
+    sockets = tempfile.TemporaryDirectory(prefix="fedllm-")
+    environment[SOCKETS] = sockets.name
     try:
         for name, command in commands.items():
             with (logs / f"{name}.log").open("wb") as log:
@@ -97,6 +101,7 @@ def processes(commands: dict[str, list[str]], logs: Path) -> Iterator[None]:
                     left.kill()
             except (psutil.NoSuchProcess, psutil.ZombieProcess):
                 continue
+        sockets.cleanup()
 
 
 @pytest.mark.timeout(180)
