@@ -61,7 +61,9 @@ def is_handed_over(sock: socket.socket) -> bool:
         OSError: The other side says nothing, or breaks off.
         ValueError: It does not name a job.
     """
-    if sock.recv(1, socket.MSG_PEEK) != _WORD[:1]:
+    first = bytearray(1)
+    sock.recv_into(first, 1, socket.MSG_PEEK)
+    if first != _WORD[:1]:
         return False
     said = bytes(exactly(sock, _PREAMBLE_BYTES))
     path = door_of(said.removeprefix(_WORD).rstrip().decode("ascii", "replace"))
