@@ -307,9 +307,10 @@ def _answer_all(line: ssl.SSLSocket, find: Callable[[Buffer], Piece | None]) -> 
         while True:
             # Until it is asked; a connection that died is noticed by keepalive.
             line.settimeout(None)
-            piece = find(exactly(line, WISH.size))
+            wish = exactly(line, WISH.size)
             line.settimeout(_ANSWER_S)
-            _send(line, piece, buffer)
+            # No name here: until the next question it would hold the tensors, and with them their memory.
+            _send(line, find(wish), buffer)
 
 
 def _send(line: ssl.SSLSocket, piece: Piece | None, buffer: memoryview) -> None:
