@@ -17,7 +17,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -31,6 +30,7 @@ from typing import Any
 
 import psutil
 from common import machine
+from engine_baselines.processes import free_ports
 from recovery import SETTINGS, undisturbed
 from ruamel.yaml import YAML
 
@@ -77,7 +77,7 @@ class Sites:
         parties = load_parties(self.job)
         self.project_file = self.root / "project.yaml"
         with self.project_file.open("w") as handle:
-            server = {"host": self.host, "port": free_port()}
+            server = {"host": self.host, "port": free_ports(1)[0]}
             YAML(typ="safe").dump({"name": "faults", "server": server, "parties": list(PARTIES)}, handle)
         project = Project.from_yaml(self.project_file)
         coordinator = CoordinatorFolder.beside(self.project_file)
@@ -161,13 +161,6 @@ class Sites:
         if commits != sorted(set(commits)):
             raise AssertionError(f"rounds counted twice: {commits}")
         return str(self.verdict().get("adapter_sha256"))
-
-
-def free_port() -> int:
-    """Return a port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind((LOOPBACK, 0))
-        return int(probe.getsockname()[1])
 
 
 @contextmanager

@@ -237,6 +237,15 @@ def test_a_certificate_of_the_authority_that_is_not_in_the_roster_gets_no_line(
     north.close()
 
 
+def test_it_is_the_list_of_those_who_take_part_that_keeps_another_party_out(site: Site) -> None:
+    # With the list's check off, as a longer list makes it, the party that is refused above gets what it asks for.
+    site.lines = ServerLines(site.kits[SERVER], JOB_ID, ("north", "east", "south"))
+    site.lines.serve(site.find)
+    south = site.party("south")
+    assert south.ask(SERVER, WISH_FOR) == site.piece
+    south.close()
+
+
 def test_a_party_takes_no_other_server(site: Site) -> None:
     north = site.party("north")
     north._known = {SERVER: b"another certificate"}

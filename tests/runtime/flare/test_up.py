@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import signal
+import stat
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from fedllm.runs.audit_log import read_log
 from fedllm.runs.audit_verify import verify_log
 
 pytest.importorskip("nvflare")
+from fedllm.runtime.flare.door import SOCKETS
 
 Make = Callable[..., TinyFederation]
 PLAN: dict[str, Any] = {
@@ -66,9 +69,14 @@ def test_an_interrupted_run_ends_its_processes_and_goes_on_at_the_next_call(make
     expected = federation.run("unbroken").adapter_sha256
     with deployed(federation.job_file, federation.folder / "up") as up:
         up.wait_for(lambda: (1, "begin") in up.journal())
+        # Processes of a machine meet where only their user can enter.
+        sockets = Path(up.find("server parent").environ()[SOCKETS])
+        assert stat.S_IMODE(sockets.stat().st_mode) == stat.S_IRWXU
+        assert list(sockets.iterdir())
         up.process.send_signal(signal.SIGINT)
         assert up.end(seconds=40) == 130
         assert wait_until_none(up.processes)
+        assert not sockets.exists()
         assert up.verdict()["status"] == "PAUSED"
         before = up.journal()
     with deployed(federation.job_file, federation.folder / "up") as again:
