@@ -73,6 +73,9 @@ def _client(kit: Kit, root: Path) -> list[str]:
         "fqsn": kit.name,
         "is_leaf": True,
         "connection_security": "mtls",
+        # So long a party waits for the answer to a heartbeat, during which it sends no other: one that a dying server
+        # left open would keep the party off the new server's list for FLARE's default of 30 s.
+        "maint_msg_timeout": 6.0,
     }
     servers = [_project(kit, kit.host) | {"identity": "server"}]
     write_json(root / "startup" / "fed_client.json", {"format_version": 2, "servers": servers, "client": client})
