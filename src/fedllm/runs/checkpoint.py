@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,11 @@ from fedllm.wire.payload import Envelope, Payload, TensorMap
 
 _MAGIC = b"FLMS"
 _START = len(_MAGIC) + 32
+_NO_DIGEST = "0" * 64
+
+
+def _started(head: bytes) -> bytes:
+    return _MAGIC + hashlib.sha256(head).digest() + head
 
 
 class Saved(Payload):
@@ -48,14 +54,24 @@ class Generations:
         check_finite(state.tensors, sender=self.owner)
         self.folder.mkdir(parents=True, exist_ok=True)
         parts = list(parts_of({f"tensors/{name}": tensor for name, tensor in state.tensors.items()}))
-        note = write_parts(parts, lambda part: None)
-        head = pack(Frame(self._envelope(state.round), Saved.__name__, {"fields": state.fields}, *note)).head
-        # The head names the digest of the tensors, so its own digest is one over all of the file.
-        digest = hashlib.sha256(head)
-        write_atomic_parts(self._path(state.round), [_MAGIC, digest.digest(), head, *parts])
+        size = sum(map(len, parts))
+
+        def head(digest: str) -> bytes:
+            return pack(Frame(self._envelope(state.round), Saved.__name__, {"fields": state.fields}, digest, size)).head
+
+        # A digest takes as long as the writing, so the two go on at the same time.
+        with ThreadPoolExecutor(1, thread_name_prefix="digest") as pool:
+            digest = pool.submit(write_parts, parts, lambda part: None)
+            write_atomic_parts(
+                self._path(state.round),
+                parts,
+                head_bytes=_START + len(head(_NO_DIGEST)),
+                head=lambda: _started(head(digest.result()[0])),
+            )
         for old in self.present()[self.keep :]:
             self._path(old).unlink(missing_ok=True)
-        return digest.hexdigest()
+        # The head names the digest of the tensors, so its own digest is one over all of the file.
+        return hashlib.sha256(head(digest.result()[0])).hexdigest()
 
     def present(self) -> list[int]:
         """Return the rounds that have a file, damaged or not, newest first."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -51,12 +51,20 @@ def write_atomic(path: Path, data: bytes) -> None:
     write_atomic_parts(path, (data,))
 
 
-def write_atomic_parts(path: Path, parts: Iterable[bytes | bytearray | memoryview]) -> None:
+def write_atomic_parts(
+    path: Path,
+    parts: Iterable[bytes | bytearray | memoryview],
+    *,
+    head_bytes: int = 0,
+    head: Callable[[], bytes] = bytes,
+) -> None:
     """Write a file as `write_atomic` does, from pieces that need not be in memory at once.
 
     Args:
         path: The file.
-        parts: Its content.
+        parts: Its content, after the head.
+        head_bytes: How long the head is.
+        head: Returns what comes first; called when all parts are written.
 
     Raises:
         ResourceError: `DISK_FULL`; the old file is untouched.
@@ -64,8 +72,15 @@ def write_atomic_parts(path: Path, parts: Iterable[bytes | bytearray | memoryvie
     draft = path.with_name(path.name + ".tmp")
     try:
         with draft.open("wb") as handle:
+            handle.seek(head_bytes)
             for part in parts:
                 handle.write(part)
+            if head_bytes:
+                # While the head is still being made.
+                handle.flush()
+                os.fsync(handle.fileno())
+            handle.seek(0)
+            handle.write(head())
             handle.flush()
             os.fsync(handle.fileno())
         draft.replace(path)
