@@ -7,8 +7,10 @@ import json
 import os
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,10 +19,14 @@ from crashes import committed_once, lasting
 from tiny import TinyFederation
 
 from fedllm.errors import ExitCode, FedllmError, ResourceError, RunFailed, RunPaused
+from fedllm.runs.folder import RunFolder
 from fedllm.runs.jsonl import read_rows
+from fedllm.runtime.driver import Driver
 from fedllm.runtime.run import Watch, read_result, resume
+from fedllm.scenarios.base import Reply
 from fedllm.train.base import TrainSums, TrainTask
 from fedllm.train.supervised import SupervisedTrainer
+from fedllm.wire.payload import Failure
 
 Make = Callable[..., TinyFederation]
 PLAN = {"federation.num_rounds": 3, "federation.keep": "last"}
@@ -209,3 +215,41 @@ def test_a_full_disk_pauses_the_run_and_leaves_no_half_file(
     result = resume(path) if (path / "local.json").exists() else federation.run("broken")
     assert result.adapter_sha256 == expected.adapter_sha256
     committed_once(path, 3)
+
+
+@pytest.mark.parametrize(
+    ("refused", "error", "code", "where", "what"),
+    [
+        ({"south": "NOT_APPROVED"}, RunPaused, "NOT_APPROVED", "party south", "the party cannot take part"),
+        (
+            {"south": "NOT_APPROVED", "east": "NOT_APPROVED", "north": "DISK_FULL"},
+            RunPaused,
+            "DISK_FULL",
+            "party north",
+            "the party cannot take part; east: NOT_APPROVED; south: NOT_APPROVED",
+        ),
+        (
+            {"south": "NOT_APPROVED", "east": "NOT_APPROVED"},
+            RunPaused,
+            "NOT_APPROVED",
+            "party east, south",
+            "these parties cannot take part",
+        ),
+        (
+            {"east": "DISK_FULL", "south": "PARTY_FAILED"},
+            RunFailed,
+            "PARTY_FAILED",
+            "party south",
+            "the party cannot take part; east: DISK_FULL",
+        ),
+    ],
+)
+def test_all_parties_that_refuse_the_handshake_are_named_at_once(
+    refused: dict[str, str], error: type[FedllmError], code: str, where: str, what: str, tmp_path: Path
+) -> None:
+    replies = [Reply(party, Failure(code=found)) for party, found in refused.items()]
+    federation: Any = SimpleNamespace(parties=["east", "north", "south"], ask=lambda *_, **__: iter(replies))
+    run = RunFolder.create(tmp_path / "run", job_digest="1" * 64)
+    with closing(run), pytest.raises(error) as caught:
+        Driver(run, federation, server=federation, num_rounds=1).drive()
+    assert (caught.value.code, caught.value.where, caught.value.what) == (code, where, what)

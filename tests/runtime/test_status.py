@@ -193,6 +193,12 @@ def test_a_stopped_run(tmp_path: Path) -> None:
         ("DATA_NOT_FOUND", "party east", "east", "at east: fedllm doctor job.yaml --party party.yaml; then here: "),
         ("MODEL_NOT_FOUND", "party east", "east", "at east: fedllm doctor job.yaml --party party.yaml; then here: "),
         ("DISK_FULL", "party east", "east", "at east: free some space; then here: "),
+        (
+            "NOT_APPROVED",
+            "party east, north",
+            "east north",
+            "at east, north: fedllm approve job.yaml --party party.yaml; then here: ",
+        ),
         ("PARTY_FAILED", "party east, x", "east", "at east: see state/log.txt in the site's folder; then here: "),
         ("DISK_FULL", "/state/runs/tiny/journal.jsonl", "coordinator", "free some space; then: "),
         ("NO_PROGRESS", "", "coordinator", "see LOG and the logs of the parties; then: "),
@@ -205,7 +211,7 @@ def test_a_pause_that_needs_a_person_names_where_and_what(
     with held(place.state / ".supervisor"):
         place.clerk(connected=PARTIES, waiting_for=[])
         found = complete(run_status(place.run))
-    assert (found.state, names(found), found.exit_code) == ("PAUSED", [who], ExitCode.PAUSED)
+    assert (found.state, names(found), found.exit_code) == ("PAUSED", who.split(), ExitCode.PAUSED)
     assert code in found.why
     assert found.next == next_.replace("LOG", str(place.state / "log.txt")) + f"fedllm resume {place.run}"
 

@@ -164,8 +164,14 @@ class Driver:
 
     def _handshake(self, hello: Hello) -> dict[str, Ready]:
         ready: dict[str, Ready] = {}
+        refused: dict[str, str] = {}
         for reply in self.federation.ask(hello, round_=0, to=self.federation.parties):
-            ready[reply.party] = _expected(reply.party, reply.payload, Ready)
+            if isinstance(reply.payload, Failure):
+                refused[reply.party] = reply.payload.code
+            else:
+                ready[reply.party] = _expected(reply.party, reply.payload, Ready)
+        if refused:
+            raise _parties_error(refused)
         first = self.federation.parties[0]
         for party in self.federation.parties:
             if party not in ready:
@@ -186,17 +192,27 @@ def _trained(state: State) -> dict[str, int]:
 
 def _expected(party: str, payload: Payload, cls: type[Any]) -> Any:
     if isinstance(payload, Failure):
-        raise _party_error(party, payload.code)
+        raise _parties_error({party: payload.code})
     if not isinstance(payload, cls):
         raise PayloadError("PAYLOAD_REFUSED", "another answer than the handshake asks for", where=party)
     return payload
 
 
-def _party_error(party: str, code: str) -> FedllmError:
-    # A person at the site can cure these; the run waits for that.
+def _parties_error(refused: dict[str, str]) -> FedllmError:
+    """Return one error for all parties that cannot take part.
+
+    Args:
+        refused: Party -> code.
+    """
+    # What no person at the site can cure comes first; the run waits for the rest.
+    order = sorted(refused, key=lambda party: (refused[party] in _CURABLE, refused[party], party))
+    code = refused[order[0]]
+    same = [party for party in order if refused[party] == code]
+    others = "".join(f"; {party}: {refused[party]}" for party in order if party not in same)
+    what = f"{'the party' if len(same) == 1 else 'these parties'} cannot take part{others}"
     error = RunPaused if code in _CURABLE else RunFailed
     fix = "see the party's own log; then `fedllm resume RUN`"
-    return error(code, "the party cannot take part", where=f"party {party}", fix=fix)
+    return error(code, what, where=f"party {', '.join(same)}", fix=fix)
 
 
 def _common_round(ready: dict[str, Ready], rounds: list[int]) -> int:

@@ -206,7 +206,7 @@ def _over(look: _Look) -> RunStatus | None:
         return look.made(status, look.found["reason"], since=since, next_=f"fedllm eval {look.path}")
     if status == "FAILED":
         mend = f"mend what the reason names; then: fedllm resume {look.path}"
-        waiting = (Waiting(_where(look) or "coordinator", since, look.found["reason"]),)
+        waiting = tuple(Waiting(who, since, look.found["reason"]) for who in _where(look) or ["coordinator"])
         return look.made("FAILED", look.found["reason"], since=since, next_=mend, waiting=waiting)
     return None
 
@@ -244,11 +244,11 @@ def _needs_a_person(look: _Look) -> RunStatus | None:
     since, who = modified(look.path / "result.json"), _where(look)
     resume, mend = f"fedllm resume {look.path}", _MENDS.get(code, "")
     if who:
-        mend = _there([who], mend or "see state/log.txt in the site's folder")
+        mend = _there(who, mend or "see state/log.txt in the site's folder")
     elif code == "NO_PROGRESS":
         mend = f"see {look.state_folder / 'log.txt'} and the logs of the parties"
     next_ = f"{mend}; then here: {resume}" if who else f"{mend}; then: {resume}" if mend else resume
-    waiting = (Waiting(who or "coordinator", since, look.found["reason"]),)
+    waiting = tuple(Waiting(party, since, look.found["reason"]) for party in who or ["coordinator"])
     return look.made("PAUSED", look.found["reason"], since=since, next_=next_, waiting=waiting)
 
 
@@ -320,10 +320,10 @@ def _there(parties: list[str], command: str) -> str:
     return f"at {', '.join(parties)}: {command}"
 
 
-def _where(look: _Look) -> str:
-    """Return the party where a run's verdict comes from, or an empty text."""
-    words = str(look.found.get("where", "")).split(",")[0].split()
-    return words[1] if len(words) == 2 and words[0] == "party" and words[1] in look.parties else ""
+def _where(look: _Look) -> list[str]:
+    """Return the parties where a run's verdict comes from."""
+    what, _, names = str(look.found.get("where", "")).partition(" ")
+    return [name for name in names.split(", ") if name in look.parties] if what == "party" else []
 
 
 def _server_log(look: _Look) -> str:
