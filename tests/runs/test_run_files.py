@@ -15,9 +15,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedllm.disk import write_atomic
 from fedllm.errors import ConfigError, ResourceError
 from fedllm.runs.folder import RunFolder, last_commit
-from fedllm.runs.jsonl import append_rows, finite, read_rows, write_atomic, write_json
+from fedllm.runs.jsonl import append_rows, finite, read_rows, write_json
 from fedllm.runs.metrics import RowFile, run_rows
 
 ROWS = [{"round": number, "name": "loss_nats", "value": number / 3, "text": "ä\n'\"\u2028"} for number in range(4)]

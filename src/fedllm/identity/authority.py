@@ -13,9 +13,9 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from fedllm.disk import make_private, write_atomic
 from fedllm.errors import IdentityError
 from fedllm.identity.certificates import check_authority, check_dates, read_certificate
-from fedllm.identity.files import make_private, write_whole
 from fedllm.identity.keys import load_key, new_key, save_key
 from fedllm.identity.requests import Request, read_request
 from fedllm.identity.signing import Signer, fingerprint
@@ -116,7 +116,7 @@ def create_authority(folder: Path, *, project: str, key: rsa.RSAPrivateKey | Non
     # A key without a certificate is what a crash between the two leaves; nothing was signed with it yet.
     key = load_key(key_file)
     certificate = _self_signed(key, project)
-    write_whole(folder / AUTHORITY_FILE, certificate.public_bytes(serialization.Encoding.PEM))
+    write_atomic(folder / AUTHORITY_FILE, certificate.public_bytes(serialization.Encoding.PEM))
     return open_authority(folder, project=project)
 
 

@@ -1,12 +1,9 @@
-"""Where identities lie: the folders of a site and of the coordinator, and writes that leave no half file."""
+"""Where identities lie: the folders of a site and of the coordinator."""
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
-
-from fedllm.errors import ResourceError
 
 KEY_FILE = "key.pem"
 REQUEST_FILE = "request.csr"
@@ -65,63 +62,3 @@ class CoordinatorFolder:
     def admin(self) -> Path:
         """The site folder of the identity that submits jobs."""
         return self.root / "admin"
-
-
-def make_private(folder: Path) -> Path:
-    """Return a folder that only its owner can enter if it had to be made.
-
-    Args:
-        folder: The folder; an existing one keeps its mode.
-    """
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        raise not_written(error, folder) from None
-    return folder
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file so that after a crash it is either the old one or the new one.
-
-    Args:
-        path: The file.
-        data: Its content.
-
-    Raises:
-        ResourceError: `DISK_FULL`; the old file is untouched.
-    """
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with draft.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(path)
-        sync_folder(path.parent)
-    except OSError as error:
-        draft.unlink(missing_ok=True)
-        raise not_written(error, path) from None
-
-
-def sync_folder(folder: Path) -> None:
-    """Make new names in a folder durable.
-
-    Args:
-        folder: The folder.
-    """
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def not_written(error: OSError, path: Path) -> ResourceError:
-    """Return the error to raise when a file or folder cannot be written.
-
-    Args:
-        error: What the system said.
-        path: The file or folder.
-    """
-    fix = "free some space, or make the folder writable; then run the same command again"
-    return ResourceError("DISK_FULL", f"cannot write: {error.strerror}", where=str(path), fix=fix)

@@ -13,9 +13,10 @@ import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
+from fedllm.disk import disk_error, make_private, sync_folder, write_atomic
 from fedllm.errors import ConfigError, IdentityError
 from fedllm.identity.authority import Authority
-from fedllm.identity.files import KIT_FOLDER, PIN_FILE, make_private, not_written, sync_folder, write_whole
+from fedllm.identity.files import KIT_FOLDER, PIN_FILE
 from fedllm.identity.kit import (
     MAX_FILE_BYTES,
     Content,
@@ -182,7 +183,7 @@ def install_files(
     check_key(verified, site)
     make_private(site)
     if pin is None:
-        write_whole(site / PIN_FILE, f"{fingerprint(verified.authority)}\n".encode())
+        write_atomic(site / PIN_FILE, f"{fingerprint(verified.authority)}\n".encode())
     _put_in_place(files, site)
     return open_kit(site)
 
@@ -214,7 +215,7 @@ def _put_in_place(files: Mapping[str, bytes], site: Path) -> None:
         new.replace(place)
         sync_folder(site)
     except OSError as error:
-        raise not_written(error, site) from None
+        raise disk_error(error, site) from None
     shutil.rmtree(old, ignore_errors=True)
 
 

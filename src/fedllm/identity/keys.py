@@ -13,8 +13,8 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 
+from fedllm.disk import disk_error, make_private
 from fedllm.errors import IdentityError
-from fedllm.identity.files import make_private, not_written
 
 # NVIDIA FLARE registers clients with RSA signatures, so one RSA key serves TLS, registration and messages.
 KEY_BITS = 3072
@@ -50,7 +50,7 @@ def save_key(key: rsa.RSAPrivateKey, path: Path) -> None:
         fix = "use the key that is there, or move it away; a new key needs a new certificate"
         raise IdentityError("KEY_EXISTS", "there is a file already", where=str(path), fix=fix) from None
     except OSError as error:
-        raise not_written(error, path) from None
+        raise disk_error(error, path) from None
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(_plain_pem(key))
@@ -59,7 +59,7 @@ def save_key(key: rsa.RSAPrivateKey, path: Path) -> None:
     except OSError as error:
         # Half a key would stand in the way of the next attempt.
         path.unlink(missing_ok=True)
-        raise not_written(error, path) from None
+        raise disk_error(error, path) from None
 
 
 def make_missing_keys(paths: Iterable[Path]) -> None:

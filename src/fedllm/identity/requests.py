@@ -10,9 +10,10 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.x509.oid import NameOID
 
+from fedllm.disk import make_private, write_atomic
 from fedllm.errors import IdentityError
 from fedllm.identity.certificates import UNREADABLE, common_name
-from fedllm.identity.files import KEY_FILE, REQUEST_FILE, make_private, write_whole
+from fedllm.identity.files import KEY_FILE, REQUEST_FILE
 from fedllm.identity.keys import check_public_key, key_fingerprint, load_key, new_key, save_key
 
 _MAX_BYTES = 2**15
@@ -51,7 +52,7 @@ def make_request(site: Path, name: str) -> Path:
     key = load_key(key_file)
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
     request = x509.CertificateSigningRequestBuilder().subject_name(subject).sign(key, hashes.SHA256())
-    write_whole(site / REQUEST_FILE, request.public_bytes(serialization.Encoding.PEM))
+    write_atomic(site / REQUEST_FILE, request.public_bytes(serialization.Encoding.PEM))
     return site / REQUEST_FILE
 
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from fedllm.disk import disk_error, make_private, sync_folder, write_atomic
 from fedllm.errors import ConfigError, FedllmError, PolicyError
-from fedllm.identity.files import make_private, not_written, sync_folder, write_whole
 from fedllm.identity.signing import Purpose
 from fedllm.job.party import NAME_PATTERN, Party
 from fedllm.job.policy import check_policy
@@ -102,7 +102,7 @@ def approve(job: Job, party: Party, *, signer: Signs, folder: Path, project: str
     approval = draft.model_copy(update={"signature": signature})
     path = _path(folder, approval.job_digest)
     make_private(path.parent)
-    write_whole(path, (approval.model_dump_json(indent=2) + "\n").encode())
+    write_atomic(path, (approval.model_dump_json(indent=2) + "\n").encode())
     return approval
 
 
@@ -202,7 +202,7 @@ def withdraw(approval: Approval, *, folder: Path) -> None:
         path.unlink(missing_ok=True)
         sync_folder(path.parent)
     except OSError as error:
-        raise not_written(error, path) from None
+        raise disk_error(error, path) from None
 
 
 def _path(folder: Path, digest: str) -> Path:

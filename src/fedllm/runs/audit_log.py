@@ -20,8 +20,8 @@ from typing import Literal, TypedDict, Unpack
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from fedllm.disk import sync_folder
 from fedllm.errors import ConfigError, ResourceError, StateLost
-from fedllm.runs.jsonl import sync_folder
 
 # Event -> when it is written. docs/how-to/audit-log.md has a line for each, held by a test.
 EVENTS: dict[str, str] = {

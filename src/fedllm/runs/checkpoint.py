@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from fedllm.disk import sync_folder, write_atomic_parts
 from fedllm.errors import PayloadError, StateLost
-from fedllm.runs.jsonl import sync_folder, write_atomic_parts
 from fedllm.scenarios.base import State
 from fedllm.wire.blob import FileBlob, parts_of, write_parts
 from fedllm.wire.frame import Frame, Parcel, check_finite, decode, pack, read_head, unpack

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import time
 import uuid
 from dataclasses import dataclass, field
@@ -12,8 +10,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from fedllm.disk import disk_error, hold
 from fedllm.errors import ConfigError
-from fedllm.runs.jsonl import append_rows, disk_error, read_rows, write_json
+from fedllm.runs.jsonl import append_rows, read_rows, write_json
 from fedllm.runs.metrics import RowFile
 
 if TYPE_CHECKING:
@@ -230,22 +229,5 @@ def run_identity(path: Path) -> dict[str, str]:
 
 
 def _locked(path: Path, *, patience_s: float = 0.0) -> IO[str]:
-    lock = (path / ".lock").open("w")
-    until = time.monotonic() + patience_s
-    while True:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except OSError:
-            if time.monotonic() < until:
-                time.sleep(0.1)
-                continue
-            lock.close()
-            raise ConfigError(
-                "RUN_EXISTS",
-                "another process is working in this run folder",
-                where=str(path),
-                fix="wait for it, or stop it; `--output` names another folder",
-            ) from None
-    os.set_inheritable(lock.fileno(), False)
-    return lock
+    fix = "wait for it, or stop it; `--output` names another folder"
+    return hold(path / ".lock", "another process is working in this run folder", fix=fix, patience_s=patience_s)

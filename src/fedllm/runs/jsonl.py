@@ -5,89 +5,13 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from fedllm.errors import ResourceError
+from fedllm.disk import disk_error, sync_folder, write_atomic
 
 Row = dict[str, Any]
-
-
-def disk_error(error: OSError, path: Path) -> ResourceError:
-    """Return the error to raise when a file of the run cannot be written.
-
-    Args:
-        error: What the system said.
-        path: The file.
-    """
-    fix = "free some space, or move the run folder; then `fedllm resume RUN`"
-    return ResourceError("DISK_FULL", f"cannot write: {error.strerror}", where=str(path), fix=fix)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames and new files in a folder durable.
-
-    Args:
-        folder: The folder.
-    """
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file so that after a crash it is either the old one or the new one, whole.
-
-    Args:
-        path: The file.
-        data: Its content.
-
-    Raises:
-        ResourceError: `DISK_FULL`; the old file is untouched.
-    """
-    write_atomic_parts(path, (data,))
-
-
-def write_atomic_parts(
-    path: Path,
-    parts: Iterable[bytes | bytearray | memoryview],
-    *,
-    head_bytes: int = 0,
-    head: Callable[[], bytes] = bytes,
-) -> None:
-    """Write a file as `write_atomic` does, from pieces that need not be in memory at once.
-
-    Args:
-        path: The file.
-        parts: Its content, after the head.
-        head_bytes: How long the head is.
-        head: Returns what comes first; called when all parts are written.
-
-    Raises:
-        ResourceError: `DISK_FULL`; the old file is untouched.
-    """
-    draft = path.with_name(path.name + ".tmp")
-    try:
-        with draft.open("wb") as handle:
-            handle.seek(head_bytes)
-            for part in parts:
-                handle.write(part)
-            if head_bytes:
-                # While the head is still being made.
-                handle.flush()
-                os.fsync(handle.fileno())
-            handle.seek(0)
-            handle.write(head())
-            handle.flush()
-            os.fsync(handle.fileno())
-        draft.replace(path)
-        sync_folder(path.parent)
-    except OSError as error:
-        draft.unlink(missing_ok=True)
-        raise disk_error(error, path) from None
 
 
 def write_json(path: Path, value: Any) -> None:

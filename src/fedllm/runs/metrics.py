@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedllm.runs.jsonl import Row, append_rows, encode_rows, read_rows, write_atomic
+from fedllm.disk import write_atomic
+from fedllm.runs.jsonl import Row, append_rows, encode_rows, read_rows
 
 
 @dataclass(frozen=True)

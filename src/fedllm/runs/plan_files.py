@@ -12,11 +12,12 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
+from fedllm.disk import write_atomic
 from fedllm.errors import ConfigError, ModelError
 from fedllm.job.job import Job, LocatedParty
 from fedllm.job.party import Party
 from fedllm.runs.folder import RunFolder, now, run_identity
-from fedllm.runs.jsonl import write_atomic, write_json
+from fedllm.runs.jsonl import write_json
 
 LIBRARIES = ("fedllm", "torch", "transformers", "peft", "safetensors", "numpy")
 

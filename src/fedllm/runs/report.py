@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fedllm.disk import write_atomic
 from fedllm.runs.charts import Drawing, number_text
-from fedllm.runs.jsonl import write_atomic
 from fedllm.runs.report_data import RunRecord, added, read_run
 from fedllm.runs.report_events import clock_text, event_rows, event_summary, failures_of
 from fedllm.runs.report_panels import (

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
+from fedllm.disk import disk_error
 from fedllm.errors import ConfigError
 from fedllm.models.load import load_base
-from fedllm.runs.jsonl import disk_error
 from fedllm.runs.plan_files import read_plan
 from fedllm.runtime.site import base_folder
 

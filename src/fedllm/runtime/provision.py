@@ -11,6 +11,7 @@ from typing import Any
 
 from cryptography import x509
 
+from fedllm.disk import make_private, write_atomic
 from fedllm.errors import ConfigError, IdentityError, nearest
 from fedllm.identity.authority import (
     AUTHORITY_FILE,
@@ -21,7 +22,7 @@ from fedllm.identity.authority import (
     create_authority,
 )
 from fedllm.identity.certificates import Holder, check_dates, check_holder, read_certificate
-from fedllm.identity.files import ADMIN, KEY_FILE, KIT_FOLDER, SERVER, CoordinatorFolder, make_private, write_whole
+from fedllm.identity.files import ADMIN, KEY_FILE, KIT_FOLDER, SERVER, CoordinatorFolder
 from fedllm.identity.install import install_files, install_kit, pack, read_kit
 from fedllm.identity.keys import check_public_key, key_fingerprint, make_missing_keys
 from fedllm.identity.kit import (
@@ -117,7 +118,7 @@ def provision(
     }
     _check_keys(desk, asked, replace)
     for name, request in found.items():
-        write_whole(make_private(folder.requests) / f"{name}.csr", request.pem)
+        write_atomic(make_private(folder.requests) / f"{name}.csr", request.pem)
     certificates = {name: _certificate(desk, request) for name, request in asked.items()}
     kits = _write_kits(desk, certificates)
     after = installed_manifest(folder.site)
@@ -226,7 +227,7 @@ def _certificate(desk: _Desk, request: Request) -> bytes:
     host = desk.project.server.host if request.name == SERVER else None
     pem = desk.authority.issue(request, kind=_kind(request.name), host=host, days=desk.project.certificate_days)
     make_private(path.parent)
-    write_whole(path, pem)
+    write_atomic(path, pem)
     return pem
 
 
@@ -270,7 +271,7 @@ def _party_kit(desk: _Desk, name: str, certificates: Mapping[str, bytes]) -> Par
     content = _content(desk, name, certificates)
     is_new = not (path.exists() and _is_current(partial(read_kit, path), desk, content))
     if is_new:
-        write_whole(path, pack(signed_files(desk.authority, content, issued=desk.issued)))
+        write_atomic(path, pack(signed_files(desk.authority, content, issued=desk.issued)))
     certificate = read_certificate(certificates[name], where=name)
     key = check_public_key(certificate.public_key(), where=name)
     return PartyKit(path, key_fingerprint(key), certificate.not_valid_after_utc, is_new)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from fedllm.disk import disk_error, write_atomic
 from fedllm.errors import ConfigError, FedllmError, ResourceError, RunPaused
 from fedllm.job.check import check_job
 from fedllm.job.job import Job, LocatedParty, load_parties
@@ -18,7 +19,7 @@ from fedllm.models.digest import file_digest
 from fedllm.models.load import find_base
 from fedllm.runs.card import model_card
 from fedllm.runs.folder import RunFolder, check_free, run_identity
-from fedllm.runs.jsonl import Row, disk_error, read_rows, write_atomic, write_json
+from fedllm.runs.jsonl import Row, read_rows, write_json
 from fedllm.runs.metrics import run_rows
 from fedllm.runs.plan_files import read_plan, write_plan, write_provenance
 from fedllm.runs.report import write_report

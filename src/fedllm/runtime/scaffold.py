@@ -6,8 +6,8 @@ import shutil
 from importlib.resources import as_file, files
 from pathlib import Path
 
+from fedllm.disk import disk_error
 from fedllm.errors import ConfigError
-from fedllm.runs.jsonl import disk_error
 
 PARTIES = ("north", "east", "south")
 

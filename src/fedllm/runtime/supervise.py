@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import os
 import signal
 import subprocess
@@ -17,7 +16,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO
 
-from fedllm.errors import ConfigError, ResourceError
+from fedllm.disk import hold
+from fedllm.errors import ResourceError
 from fedllm.runs.control import SUPERVISOR_LOCK
 
 _BACKOFF_S = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0)
@@ -175,22 +175,8 @@ def only_one(folder: Path, *, what: str) -> IO[str]:
         ConfigError: `RUN_EXISTS`, another process has it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lock = (folder / SUPERVISOR_LOCK).open("w")
-    until = time.monotonic() + _PATIENCE_S
-    while True:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except OSError:
-            if time.monotonic() < until:
-                time.sleep(0.05)
-                continue
-            lock.close()
-            raise ConfigError(
-                "RUN_EXISTS", f"{what} runs already", where=str(folder), fix="use that one, or stop it first"
-            ) from None
-    os.set_inheritable(lock.fileno(), False)
-    return lock
+    fix = "use that one, or stop it first"
+    return hold(folder / SUPERVISOR_LOCK, f"{what} runs already", fix=fix, patience_s=_PATIENCE_S)
 
 
 def need_engine() -> None:

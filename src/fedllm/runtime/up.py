@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ruamel.yaml import YAML
 
+from fedllm.disk import write_atomic
 from fedllm.errors import ConfigError, ResourceError, RunFailed, RunPaused
 from fedllm.identity.files import KEY_FILE, SERVER, CoordinatorFolder
 from fedllm.identity.keys import load_key
@@ -22,7 +23,7 @@ from fedllm.job.check import check_job
 from fedllm.job.job import Job, LocatedParty, load_parties
 from fedllm.job.project import Project, ServerAddress
 from fedllm.runs.control import SUPERVISOR_LOCK, is_held, is_worked_on, read_object, verdict, want, wanted
-from fedllm.runs.jsonl import read_rows, write_atomic
+from fedllm.runs.jsonl import read_rows
 from fedllm.runtime.coordinator import go_on, run_of, submit
 from fedllm.runtime.provision import provision_all
 from fedllm.runtime.run import RunResult, Watch, read_result

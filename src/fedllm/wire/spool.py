@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from io import BufferedRandom
 from pathlib import Path
 
-from fedllm.errors import PayloadError, ResourceError
+from fedllm.disk import disk_error
+from fedllm.errors import PayloadError
 from fedllm.wire.blob import Buffer, FileBlob
 
 # Up to this size tensors travel inside their message, in one call.
@@ -179,8 +180,7 @@ def _full_disk_told(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        fix = "free some space; then `fedllm resume RUN`"
-        raise ResourceError("DISK_FULL", f"cannot write: {error.strerror}", where=str(path), fix=fix) from None
+        raise disk_error(error, path) from None
 
 
 def trim_memory() -> None:

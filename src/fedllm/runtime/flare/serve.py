@@ -9,8 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from fedllm.disk import make_private
 from fedllm.errors import ConfigError
-from fedllm.identity.files import KIT_FOLDER, CoordinatorFolder, make_private, site_folder
+from fedllm.identity.files import KIT_FOLDER, CoordinatorFolder, site_folder
 from fedllm.identity.kit import MANIFEST, Kit, open_kit
 from fedllm.job.loading import load_model
 from fedllm.job.party import Party
