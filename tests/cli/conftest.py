@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from verbs import Call
 
 from fedllm.cli import main
-
-Call = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture

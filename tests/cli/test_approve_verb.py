@@ -6,12 +6,12 @@ import io
 import json
 import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tiny import TinyFederation, tiny_federation, with_changes, write_yaml
+from verbs import Call
 
 from fedllm.cli.plan import size
 from fedllm.errors import ExitCode
@@ -25,8 +25,6 @@ from fedllm.runs.audit_log import read_log
 from fedllm.runs.audit_verify import verify_log
 from fedllm.runs.jsonl import read_rows
 from fedllm.runtime.provision import provision_all
-
-Call = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(scope="module")

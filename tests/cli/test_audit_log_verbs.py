@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from verbs import Call
 
 from fedllm.errors import ExitCode
 from fedllm.runs.audit_log import AuditLog
-
-Call = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture

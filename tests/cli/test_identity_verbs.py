@@ -3,42 +3,24 @@
 from __future__ import annotations
 
 import io
-import json
-import logging
 import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
+from verbs import Call, data_of
 
-from fedllm.cli import main
 from fedllm.errors import ExitCode
 from fedllm.identity import keys
 from fedllm.identity.kit import open_kit
 
-Call = Callable[..., tuple[int, str, str]]
-
 PROJECT = "name: trial\nserver: {host: fl.example.org}\nparties: [north, east]\n"
 
 
-@pytest.fixture
-def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Call:
-    """Return a function that runs `fedllm WORDS` and returns (exit code, stdout, stderr)."""
-    handlers = logging.getLogger().handlers[:]
-    # Short keys are made in a tenth of the time; their strength is not what is tested here.
+@pytest.fixture(autouse=True)
+def short_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    # They are made in a tenth of the time; their strength is not what is tested here.
     monkeypatch.setattr(keys.new_key, "__kwdefaults__", {"bits": keys.MIN_KEY_BITS})
-
-    def run(*words: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["fedllm", *map(str, words)])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        logging.getLogger().handlers[:] = handlers
-        out, err = capsys.readouterr()
-        return int(stop.value.code or 0), out, err
-
-    return run
 
 
 @pytest.fixture
@@ -49,12 +31,6 @@ def machines(tmp_path: Path) -> Path:
     (tmp_path / "hub").mkdir()
     (tmp_path / "hub/project.yaml").write_text(PROJECT)
     return tmp_path
-
-
-def data_of(out: str) -> Any:
-    envelope = json.loads(out)
-    assert set(envelope) == {"schema_version", "status", "exit_code", "data"}
-    return envelope["data"]
 
 
 def send(path: Path, folder: Path) -> Path:

@@ -10,12 +10,11 @@ from typing import Any
 
 import pytest
 from by_hand import PARTIES, Place, ago, held, make_place
+from verbs import Call, data_of
 
 from fedllm.errors import ExitCode
 from fedllm.runs.control import want, wanted
 from fedllm.runs.jsonl import append_rows
-
-Call = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
@@ -26,12 +25,6 @@ def place(tmp_path: Path) -> Place:
 @pytest.fixture(autouse=True)
 def _nothing_waits_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.fsync", lambda handle: None)
-
-
-def data_of(out: str) -> Any:
-    envelope = json.loads(out)
-    assert set(envelope) == {"schema_version", "status", "exit_code", "data"}
-    return envelope["data"]
 
 
 def test_status_says_state_why_who_and_next(call: Call, place: Place) -> None:

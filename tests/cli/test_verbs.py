@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 import signal
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from verbs import Call, data_of
 
-from fedllm.cli import main
 from fedllm.errors import ExitCode
 
 FAST = {
@@ -28,30 +25,12 @@ FAST = {
 }
 SETS = [word for key, value in FAST.items() for word in ("--set", f"{key}={value}")]
 
-Call = Callable[..., tuple[int, str, str]]
-
 
 @pytest.fixture(scope="module")
 def job_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from fedllm.runtime.scaffold import write_job_folder
 
     return write_job_folder(tmp_path_factory.mktemp("cli") / "my-job").parent
-
-
-@pytest.fixture
-def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Call:
-    """Return a function that runs `fedllm WORDS` and returns (exit code, stdout, stderr)."""
-    handlers = logging.getLogger().handlers[:]
-
-    def run(*words: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["fedllm", *map(str, words)])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        logging.getLogger().handlers[:] = handlers
-        out, err = capsys.readouterr()
-        return int(stop.value.code or 0), out, err
-
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -61,12 +40,6 @@ def finished(job_folder: Path) -> Path:
 
     job = Job.from_yaml(job_folder / "job.yaml", overrides=[f"{key}={value}" for key, value in FAST.items()])
     return run_local(job, output=job_folder / "finished").path
-
-
-def data_of(out: str) -> Any:
-    envelope = json.loads(out)
-    assert set(envelope) == {"schema_version", "status", "exit_code", "data"}
-    return envelope["data"]
 
 
 def test_init_writes_a_job_that_validates(call: Call, tmp_path: Path) -> None:
