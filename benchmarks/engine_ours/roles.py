@@ -208,14 +208,15 @@ def calls(federation: LinkedFederation, run: RunFolder, load: dict[str, int]) ->
     """
     adapter = tensors_of(load)
     parties, seconds = federation.parties, []
+    manifest = manifest_of({f"update/{name}": tensor for name, tensor in adapter.items()})
     list(federation.ask(Restore(committed_round=0, trained=dict.fromkeys(parties, 0)), round_=0, to=parties))
     for number in range(1, load["rounds"] + 1):
         started = time.perf_counter()
-        total = federation.total(Train(adapter=adapter), round_=number, to=parties, manifest=manifest_of(adapter))
+        total = federation.total(Train(adapter=adapter), round_=number, to=parties, manifest=manifest)
         seconds.append(time.perf_counter() - started)
         assert total.parties == parties, total.failures
         # Other tensors each time: those that a party holds would not be sent again.
-        adapter = {name: tensor + total.means[name] for name, tensor in adapter.items()}
+        adapter = {name: tensor + total.means[f"update/{name}"] for name, tensor in adapter.items()}
     return {"seconds": seconds}
 
 
@@ -301,7 +302,7 @@ class Client:
         if not isinstance(request, Train):
             return Initial(adapter=tensors_of(self._load))
         self._round = round_
-        update = {name: tensor * SHARE for name, tensor in request.adapter.items()}
+        update = {f"update/{name}": tensor * SHARE for name, tensor in request.adapter.items()}
         return Summand(weight=1, counts={}, tensors=update)
 
     def state(self) -> State:

@@ -44,7 +44,7 @@ class ScriptedFederation:
         inside = tuple(party for party in to if party not in failures)
         if isinstance(request, Train):
             counts = {"loss_nats": 8.0, "tokens": 4.0, "examples": 2.0, "steps": 1.0}
-            return Total(inside, {"w": torch.ones(2)} if inside else {}, len(inside), counts, failures)
+            return Total(inside, {"update/w": torch.ones(2)} if inside else {}, len(inside), counts, failures)
         loss = self.losses[round_] if round_ < len(self.losses) else 1.0
         counts = {"nll_nats": 10 * loss, "tokens": 10.0, "bytes": 30.0, "examples": 2.0} if loss >= 0 else {}
         return Total(inside, {}, len(inside), counts, failures)
@@ -96,7 +96,7 @@ def test_the_adapter_moves_by_the_mean_update_and_momentum_lives_in_the_state() 
     states = driven(half, ScriptedFederation(), 3)
     # m: 1, 1.5, 1.75; theta: 0, 1, 2.5, 4.25
     assert [state.tensors["adapter/w"].tolist() for state in states] == [[v, v] for v in (0.0, 1.0, 2.5, 4.25)]
-    assert states[3].tensors["momentum/w"].tolist() == [1.75, 1.75]
+    assert states[3].tensors["server/m/w"].tolist() == [1.75, 1.75]
 
 
 def test_a_round_depends_on_its_state_alone() -> None:

@@ -108,6 +108,17 @@ def _warmup_within_run(job: Job) -> Iterator[ConfigError]:
         )
 
 
+def _scaffold_needs_gradients(job: Job) -> Iterator[ConfigError]:
+    strategy = getattr(job.federation, "strategy", None)
+    if strategy is not None and strategy.name == "SCAFFOLD" and job.train.optim != "sgd":
+        yield _clash(
+            job,
+            "train.optim",
+            f"SCAFFOLD's control variates are mean gradients under plain SGD only, not under {job.train.optim} (E17)",
+            "set `optim: sgd` (with a higher learning_rate), or another `federation.strategy`",
+        )
+
+
 def _files(job: Job) -> Iterator[ConfigError]:
     named = {"evaluate.test": job.evaluate.test, "data.chat_template_path": job.data.chat_template_path}
     for key, name in named.items():
@@ -132,5 +143,6 @@ RULES: tuple[Callable[[Job], Iterator[ConfigError]], ...] = (
     _saved_modules_precision,
     _limits_of_tests,
     _warmup_within_run,
+    _scaffold_needs_gradients,
     _files,
 )

@@ -6,7 +6,8 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,22 @@ class TunableModel:
         with torch.no_grad():
             for name, parameter in self.trainable.items():
                 parameter.copy_(tensors[name])
+
+    @contextmanager
+    def only(self, names: Iterable[str]) -> Iterator[None]:
+        """Train these tensors and no others, for as long as the context lasts.
+
+        Args:
+            names: Out of `manifest`.
+        """
+        fixed = [self.trainable[name] for name in self.trainable.keys() - set(names)]
+        for parameter in fixed:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in fixed:
+                parameter.requires_grad_(True)
 
     def initial(self, seed: int) -> Tensors:
         """Return the adapter's first values, drawn from the job's seed alone.

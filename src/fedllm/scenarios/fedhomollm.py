@@ -5,18 +5,24 @@ arXiv:1602.05629, algorithm 1, on PEFT parameters. Differs: the weighted sum is 
 so that its bits do not depend on the order of arrival; FedAvgM (Hsu et al. 2019) is offered beside FedAvg.
 
 A round: Train -> sum of updates -> server optimiser -> Evaluate -> sum of losses. Each sum is a `total`, so the
-server half never needs a single party's update.
+server half never needs a single party's update. The strategies (`fedllm.aggregate.server`) and the rules for LoRA's
+factors (`fedllm.aggregate.lora`) are settings of this conversation. SCAFFOLD (Karimireddy et al. 2020,
+arXiv:1910.06378, algorithm 1, option II) differs in two things: its means are weighted as `weight_by` says, and a
+party whose answer was not counted goes back to the control variate before it, so that c stays the mean of the c_i.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
+import torch
 from pydantic import Field
 
-from fedllm.aggregate.server import StrategySettings, fedavgm
+from fedllm.aggregate.lora import LoraRule, drift, moving, sites, sketch, travelling
+from fedllm.aggregate.server import StrategySettings, server_step
 from fedllm.data.batches import BatchOrder
 from fedllm.errors import PayloadError, RunFailed, RunPaused
 from fedllm.evaluate.loss import LossSums, evaluate_examples
@@ -33,9 +39,10 @@ from fedllm.scenarios.base import (
 )
 from fedllm.seeds import stream
 from fedllm.train.base import TrainTask
+from fedllm.train.corrections import Correction, control_variate, decoupled_proximal, next_control, proximal
 from fedllm.train.optimizer import learning_rates, load_optimizer_tensors, make_optimizer, optimizer_tensors
 from fedllm.wire.frame import check_manifest
-from fedllm.wire.payload import Payload, TensorMap, Tensors, manifest_of
+from fedllm.wire.payload import Manifest, Payload, TensorMap, Tensors, TensorSpec, manifest_of
 
 Split = Literal["held_out", "common"]
 
@@ -44,6 +51,12 @@ class Settings(ScenarioSettings):
     """The job's `federation` section for FedHomoLLM."""
 
     strategy: StrategySettings = Field(StrategySettings(), description="The server's optimiser.")
+    lora_rule: LoraRule = Field(
+        "FedIT", description="LoRA: average both factors (FedIT), only B (FFA-LoRA), or B and A in turns (RoLoRA)."
+    )
+    drift_meter: bool = Field(
+        True, description="Measure how far the mean of LoRA's factors is from the mean of their products (FedIT)."
+    )
     weight_by: Literal["examples", "tokens", "equal"] = Field(
         "examples", description="A party's weight in the mean: its training examples, its target tokens, or 1."
     )
@@ -68,6 +81,9 @@ class Train(Payload):
 
     commits: ClassVar[bool] = True
     adapter: TensorMap
+    # SCAFFOLD: the server's control variate, and the round in which each party's answer was last counted.
+    control: TensorMap = Field(default_factory=dict)
+    counted: dict[str, int] = Field(default_factory=dict)
 
 
 class Evaluate(Payload):
@@ -97,16 +113,34 @@ class Server:
 
     def round(self, federation: Federation, state: State) -> RoundResult:
         """Return the state after one round of local training."""
-        number = state.round + 1
-        adapter = _select("adapter", state.tensors)
+        number, settings = state.round + 1, self._settings
+        adapter, control = _select("adapter", state.tensors), self._control(state)
         cohort = self._cohort(federation.parties, number)
-        total = federation.total(Train(adapter=adapter), round_=number, to=cohort, manifest=manifest_of(adapter))
+        counted = state.fields.get("counted", {})
+        request = Train(adapter=_sent(settings, adapter), control=control, counted=counted)
+        total = federation.total(request, round_=number, to=cohort, manifest=_answer(settings, adapter, number))
         self._check_quorum(total, number)
-        strategy = self._settings.strategy
-        adapter, momentum = fedavgm(adapter, _select("momentum", state.tensors), total.means, settings=strategy)
-        tensors = _prefixed("adapter", adapter) | _prefixed("momentum", momentum) | _best_so_far(state)
-        rows = _train_rows(number, total)
-        return self._evaluated(federation, State(number, tensors, state.fields), rows=rows, failures=total.failures)
+        update, control_update = _select("update", total.means), _select("control", total.means)
+        share = len(total.parties) / len(federation.parties)
+        control = {
+            name: c + share * control_update[name] if name in control_update else c for name, c in control.items()
+        }
+        moved, memory = server_step(adapter, _select("server", state.tensors), update, settings=settings.strategy)
+        rows = _train_rows(number, replace(total, means=update))
+        if met := _select("drift", total.means):
+            mean = {name: tensor + update[name] for name, tensor in adapter.items()}
+            value = drift(met, adapter, mean, seed=self._seed, number=number)
+            rows += rows_of(number, None, None, {"lora_drift": value})
+        tensors = _prefixed("adapter", moved) | _prefixed("server", memory) | _prefixed("control", control)
+        fields = state.fields | ({"counted": counted | dict.fromkeys(total.parties, number)} if control else {})
+        new = State(number, tensors | _best_so_far(state), fields)
+        return self._evaluated(federation, new, rows=rows, failures=total.failures)
+
+    def _control(self, state: State) -> Tensors:
+        if self._settings.strategy.name != "SCAFFOLD":
+            return {}
+        adapter = _select("adapter", state.tensors)
+        return _select("control", state.tensors) or {name: torch.zeros_like(t) for name, t in adapter.items()}
 
     def final(self, state: State) -> tuple[Tensors, int]:
         """Return the adapter to deliver and its round."""
@@ -139,7 +173,7 @@ class Server:
         due = every and (state.round % every == 0 or state.round == self._settings.num_rounds)
         if not due:
             return RoundResult(state, rows, dict(failures))
-        adapter = _select("adapter", state.tensors)
+        adapter = _sent(self._settings, _select("adapter", state.tensors))
         parties = federation.parties
         totals: dict[Split, Total] = {"held_out": _evaluate(federation, adapter, "held_out", state.round, parties)}
         if self._common:
@@ -149,6 +183,21 @@ class Server:
         rows = rows + [row for split, total in totals.items() for row in _loss_rows(state.round, split, total)]
         failures = dict(failures) | {p: code for total in totals.values() for p, code in total.failures.items()}
         return RoundResult(_with_best(state, totals["held_out"]), rows, failures)
+
+
+def _sent(settings: Settings, adapter: Tensors) -> Tensors:
+    return {name: adapter[name] for name in travelling(settings.lora_rule, adapter)}
+
+
+def _answer(settings: Settings, adapter: Tensors, number: int) -> Manifest:
+    """Return what a party's answer to `Train` holds."""
+    moved = manifest_of({name: adapter[name] for name in moving(settings.lora_rule, adapter, number)})
+    fields = ("update", "control") if settings.strategy.name == "SCAFFOLD" else ("update",)
+    answer = {f"{field}/{name}": spec for field in fields for name, spec in moved.items()}
+    if settings.lora_rule == "FedIT" and settings.drift_meter:
+        rows = {site: adapter[left].shape[0] for site, (left, _) in sites(adapter).items()}
+        answer |= {f"drift/{site}": TensorSpec(dtype="float32", shape=[count]) for site, count in rows.items()}
+    return answer
 
 
 def _evaluate(federation: Federation, adapter: Tensors, split: Split, number: int, to: tuple[str, ...]) -> Total:
@@ -162,7 +211,7 @@ def _with_best(state: State, held_out: Total) -> State:
         return state
     # While the newest adapter is the best one it is not kept twice; `_best_so_far` copies it when it moves on.
     tensors = {name: tensor for name, tensor in state.tensors.items() if not name.startswith("best/")}
-    return State(state.round, tensors, {"best": state.round, "best_loss": sums.loss_nats})
+    return State(state.round, tensors, state.fields | {"best": state.round, "best_loss": sums.loss_nats})
 
 
 def _loss_sums(total: Total) -> LossSums:
@@ -212,6 +261,15 @@ class Client:
             len(context.data.train), settings.per_device_train_batch_size, seed=context.seed, party=context.party
         )
         self._round = 0
+        self._rule: LoraRule = context.settings.lora_rule
+        sent = set(travelling(self._rule, context.model.manifest))
+        self._sent = {name: spec for name, spec in context.model.manifest.items() if name in sent}
+        # What no message brings, since it never moves.
+        first = context.model.initial(context.seed) if len(sent) < len(context.model.manifest) else {}
+        self._fixed = {name: tensor for name, tensor in first.items() if name not in sent}
+        # SCAFFOLD's control variate, and the one before the last round trained in.
+        self._control: Tensors = {}
+        self._control_before: Tensors = {}
         self._steps = settings.local_steps or math.ceil(
             (settings.local_epochs or 0) * self._order.steps_per_epoch / settings.gradient_accumulation_steps
         )
@@ -229,31 +287,71 @@ class Client:
         raise PayloadError("PAYLOAD_REFUSED", f"{type(request).__name__} is no request", where=self._c.party)
 
     def state(self) -> State:
-        """Return the local optimiser's state, empty if it does not live on from round to round."""
+        """Return the local optimiser's state, if it lives on from round to round, and SCAFFOLD's control variates."""
         keep = self._c.train_settings.optimizer_state == "keep"
-        return State(self._round, optimizer_tensors(self._optimizer) if keep else {})
+        tensors = _prefixed("optimizer", optimizer_tensors(self._optimizer)) if keep else {}
+        tensors |= _prefixed("control", self._control) | _prefixed("control_before", self._control_before)
+        return State(self._round, tensors)
 
     def restore(self, state: State) -> None:
-        """Take back the optimiser's state."""
-        load_optimizer_tensors(self._optimizer, state.tensors)
+        """Take back what `state` returned."""
+        load_optimizer_tensors(self._optimizer, _select("optimizer", state.tensors))
+        self._control = _select("control", state.tensors)
+        self._control_before = _select("control_before", state.tensors)
         self._round = state.round
 
     def _train(self, request: Train, number: int, deadline: float) -> Summand:
         c, settings = self._c, self._c.train_settings
-        check_manifest(request.adapter, c.model.manifest, sender="server")
-        c.model.write(request.adapter)
+        start = self._written(request.adapter)
         if settings.optimizer_state == "reset":
             self._optimizer = make_optimizer(c.model.trainable, settings)
-        sums = c.trainer.train(self._task(number, deadline), self._optimizer)
+        moved = moving(self._rule, c.model.manifest, number)
+        corrections = self._corrections(request, start)
+        with c.model.only(moved):
+            sums = c.trainer.train(self._task(number, deadline, corrections), self._optimizer)
         self._round = number
-        update = {name: tensor - request.adapter[name] for name, tensor in c.model.read().items()}
+        end = c.model.read()
+        update = {name: end[name] - start[name] for name in moved}
         counts = {name: float(getattr(sums, name)) for name in ("loss_nats", "tokens", "examples", "steps")}
         last_rate = self._learning_rate(number * self._steps - 1)
         mean = {"loss_nats": sums.loss_nats / max(sums.tokens, 1), "learning_rate": last_rate}
         c.log(number, "train", counts | mean)
-        return Summand(weight=self._weight(), counts=counts, tensors=update)
+        tensors = _prefixed("update", update) | _prefixed("control", self._control_update(request, update, number))
+        if self._rule == "FedIT" and c.settings.drift_meter:
+            tensors |= _prefixed("drift", sketch(end, seed=c.seed, number=number))
+        return Summand(weight=self._weight(), counts=counts, tensors=tensors)
 
-    def _task(self, number: int, deadline: float) -> TrainTask:
+    def _written(self, adapter: TensorMap) -> TensorMap:
+        """Return the global state, all of it, after the model has taken it over."""
+        check_manifest(adapter, self._sent, sender="server")
+        whole = {**self._fixed, **adapter} if self._fixed else adapter
+        self._c.model.write(whole)
+        return whole
+
+    def _corrections(self, request: Train, start: TensorMap) -> list[Correction]:
+        c, strategy = self._c, self._c.settings.strategy
+        if strategy.name == "SCAFFOLD":
+            check_manifest(request.control, c.model.manifest, sender="server")
+            zeros = {name: spec.zeros() for name, spec in c.model.manifest.items()}
+            if request.counted.get(c.party, 0) != self._round:
+                self._control = self._control_before
+            self._control = self._control or zeros
+            return [control_variate(c.model.trainable, self._control, request.control)]
+        if not strategy.proximal_mu:
+            return []
+        pull = decoupled_proximal if strategy.proximal == "decoupled" else proximal
+        return [pull(c.model.trainable, start, strategy.proximal_mu)]
+
+    def _control_update(self, request: Train, update: Tensors, number: int) -> Tensors:
+        if not request.control:
+            return {}
+        rates = sum(self._learning_rate(step) for step in range((number - 1) * self._steps, number * self._steps))
+        new = next_control(self._control, request.control, update, rates=rates)
+        before, self._control_before = self._control, self._control
+        self._control = before | new
+        return {name: tensor - before[name] for name, tensor in new.items()}
+
+    def _task(self, number: int, deadline: float, corrections: list[Correction]) -> TrainTask:
         c = self._c
         return TrainTask(
             party=c.party,
@@ -270,6 +368,7 @@ class Client:
             learning_rate=self._learning_rate,
             deadline=deadline,
             on_step=c.on_step,
+            corrections=corrections,
         )
 
     def _weight(self) -> int:
@@ -280,8 +379,7 @@ class Client:
 
     def _evaluate(self, request: Evaluate, number: int) -> Summand:
         c = self._c
-        check_manifest(request.adapter, c.model.manifest, sender="server")
-        c.model.write(request.adapter)
+        self._written(request.adapter)
         examples = c.data.held_out if request.split == "held_out" else c.data.common
         sums = evaluate_examples(c.model.model, examples, pad_id=c.pad_id, batch_size=c.eval_batch_size)
         if sums.tokens:

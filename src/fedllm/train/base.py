@@ -12,6 +12,7 @@ from fedllm.data.batches import BatchOrder
 from fedllm.data.settings import DataSettings
 from fedllm.data.tokens import TokenisedExample
 from fedllm.models.adapter import TunableModel
+from fedllm.train.corrections import Correction
 from fedllm.train.settings import TrainSettings
 
 
@@ -20,7 +21,8 @@ class TrainTask:
     """One round's work at one party.
 
     `first_step` and `num_steps` count optimiser steps of the whole run, so that the order of the data and the
-    learning rate are functions of the round and not of what happened before it.
+    learning rate are functions of the round and not of what happened before it. `corrections` are called after
+    clipping, right before each step of the optimiser.
     """
 
     party: str
@@ -37,6 +39,7 @@ class TrainTask:
     learning_rate: Callable[[int], float]
     deadline: float
     on_step: Callable[[int, int], None] = lambda step, num_steps: None
+    corrections: Sequence[Correction] = ()
 
 
 @dataclass(frozen=True)

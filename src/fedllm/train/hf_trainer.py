@@ -97,7 +97,7 @@ class HFTrainer:
             optimizers=(optimizer, _schedule(task, optimizer)),
             **self._options,
         )
-        trainer.add_callback(_steps_callback(task))
+        trainer.add_callback(_steps_callback(task, optimizer))
         return trainer
 
 
@@ -157,10 +157,14 @@ def _schedule(task: TrainTask, optimizer: torch.optim.Optimizer) -> torch.optim.
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: task.learning_rate(task.first_step + step) / peak)
 
 
-def _steps_callback(task: TrainTask) -> Any:
+def _steps_callback(task: TrainTask, optimizer: torch.optim.Optimizer) -> Any:
     from transformers import TrainerCallback
 
     class Steps(TrainerCallback):  # type: ignore[misc]
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            for correct in task.corrections:
+                correct(optimizer.param_groups[0]["lr"])
+
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             task.on_step(state.global_step, task.num_steps)
             check_deadline(task)

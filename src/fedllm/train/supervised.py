@@ -142,6 +142,8 @@ def _optimizer_step(
     limit = task.settings.max_grad_norm or math.inf
     norm = torch.nn.utils.clip_grad_norm_(task.model.trainable.values(), limit)
     _check_finite(task, summed, float(norm))
+    for correct in task.corrections:
+        correct(optimizer.param_groups[0]["lr"])
     optimizer.step()
     optimizer.zero_grad()
     return summed, total_tokens

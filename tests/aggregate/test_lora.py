@@ -1,0 +1,129 @@
+"""Rules for LoRA's factors: what moves when, exact products, and the drift meter against the dense matrices."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from fedllm.aggregate.lora import LoraRule, drift, moving, sites, sketch, travelling
+
+A, B = "base.q_proj.lora_A.default.weight", "base.q_proj.lora_B.default.weight"
+EA, EB = "base.embed.lora_embedding_A.default", "base.embed.lora_embedding_B.default"
+HEAD = "base.score.modules_to_save.default.weight"
+NAMES = [A, B, EA, EB, HEAD]
+Tensors = dict[str, torch.Tensor]
+
+
+@pytest.mark.parametrize(
+    ("rule", "number", "expected"),
+    [
+        ("FedIT", 1, NAMES),
+        ("FedIT", 2, NAMES),
+        # On embeddings B is the random factor.
+        ("FFA-LoRA", 1, [B, EA, HEAD]),
+        ("FFA-LoRA", 2, [B, EA, HEAD]),
+        ("RoLoRA", 1, [B, EA, HEAD]),
+        ("RoLoRA", 2, [A, EB, HEAD]),
+    ],
+)
+def test_what_moves(rule: LoraRule, number: int, expected: list[str]) -> None:
+    assert moving(rule, NAMES, number) == expected
+
+
+def test_what_never_moves_need_not_travel() -> None:
+    assert travelling("FFA-LoRA", NAMES) == [B, EA, HEAD]
+    assert travelling("RoLoRA", NAMES) == travelling("FedIT", NAMES) == NAMES
+
+
+def test_sites_are_pairs_of_factors() -> None:
+    assert sites([*NAMES, "base.k_proj.lora_A.default.weight"]) == {"base.q_proj": (B, A), "base.embed": (EB, EA)}
+
+
+def random_adapter(generator: torch.Generator, *, rank: int = 3) -> Tensors:
+    shapes = {A: (rank, 7), B: (5, rank), EA: (rank, 11), EB: (4, rank), HEAD: (2, 4)}
+    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+def weighted(adapters: list[Tensors], weights: list[float]) -> Tensors:
+    return {name: sum(w * one[name] for w, one in zip(weights, adapters, strict=True)) for name in adapters[0]}  # type: ignore[misc]
+
+
+def products(adapter: Tensors) -> Tensors:
+    return {site: adapter[left] @ adapter[right] for site, (left, right) in sites(adapter).items()}
+
+
+def after_a_round(rule: LoraRule, number: int) -> tuple[list[Tensors], list[float], Tensors]:
+    """Return parties' adapters after a round from a common start, their weights, and the mean of what moved."""
+    generator = torch.Generator().manual_seed(3)
+    start, weights = random_adapter(generator), [0.5, 0.3, 0.2]
+    moved = moving(rule, start, number)
+    parties = []
+    for _ in weights:
+        change = random_adapter(generator)
+        parties.append(start | {name: start[name] + change[name] for name in moved})
+    return parties, weights, weighted(parties, weights)
+
+
+@pytest.mark.parametrize(("rule", "number"), [("FFA-LoRA", 1), ("RoLoRA", 1), ("RoLoRA", 2)])
+def test_with_one_factor_fixed_the_mean_of_products_is_the_product_of_means(rule: LoraRule, number: int) -> None:
+    parties, weights, mean = after_a_round(rule, number)
+    ideal = weighted([products(party) for party in parties], weights)
+    for site, product in products(mean).items():
+        assert (product - ideal[site]).norm() / ideal[site].norm() < 1e-6
+
+
+def test_averaging_both_factors_is_not_exact() -> None:
+    parties, weights, mean = after_a_round("FedIT", 1)
+    ideal = weighted([products(party) for party in parties], weights)
+    assert all((product - ideal[site]).norm() / ideal[site].norm() > 0.1 for site, product in products(mean).items())
+
+
+def large_adapter(generator: torch.Generator) -> Tensors:
+    shapes = {"A": (4, 24), "B": (32, 4)}
+    return {
+        f"layers.{site}.lora_{factor}.default.weight": torch.randn(shape, generator=generator)
+        for site in range(16)
+        for factor, shape in shapes.items()
+    }
+
+
+def test_the_meter_says_what_the_dense_matrices_say() -> None:
+    generator = torch.Generator().manual_seed(5)
+    before, weights = large_adapter(generator), [0.5, 0.3, 0.2]
+    changes = [large_adapter(generator) for _ in weights]
+    for size in (0.1, 0.3, 1.0):
+        parties = [{name: before[name] + size * change[name] for name in before} for change in changes]
+        mean = weighted(parties, weights)
+        ideal, now, was = weighted([products(party) for party in parties], weights), products(mean), products(before)
+        bias = sum(float((ideal[site] - now[site]).square().sum()) for site in ideal)
+        truth = math.sqrt(bias / sum(float((ideal[site] - was[site]).square().sum()) for site in ideal))
+        found = []
+        for number in range(1, 31):
+            sketches = weighted([sketch(party, seed=1, number=number) for party in parties], weights)
+            value = drift(sketches, before, mean, seed=1, number=number)
+            assert value == pytest.approx(truth, rel=0.5)
+            found.append(value)
+        assert sum(found) / len(found) == pytest.approx(truth, rel=0.07)
+
+
+def test_the_meter_sees_no_bias_where_one_factor_is_fixed() -> None:
+    parties, weights, mean = after_a_round("RoLoRA", 1)
+    before = {name: parties[0][name] * 0.5 for name in mean}
+    sketches = weighted([sketch(party, seed=1, number=1) for party in parties], weights)
+    value = drift(sketches, before, mean, seed=1, number=1)
+    assert value is not None
+    assert value < 1e-6
+
+
+def test_all_parties_draw_the_same_probe_and_each_round_another() -> None:
+    adapter = random_adapter(torch.Generator().manual_seed(1))
+    one = sketch(adapter, seed=1, number=1)
+    assert all(torch.equal(tensor, sketch(adapter, seed=1, number=1)[site]) for site, tensor in one.items())
+    assert not any(torch.equal(tensor, sketch(adapter, seed=1, number=2)[site]) for site, tensor in one.items())
+
+
+def test_where_nothing_changed_there_is_nothing_to_say() -> None:
+    adapter = random_adapter(torch.Generator().manual_seed(1))
+    assert drift(sketch(adapter, seed=1, number=1), adapter, adapter, seed=1, number=1) is None

@@ -1,0 +1,235 @@
+"""Strategies and LoRA rules as settings of one conversation: through the wire, resumed, and what they promise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import TinyFederation
+
+from fedllm.aggregate.server import DEFAULTS
+from fedllm.errors import ConfigError
+from fedllm.runs.folder import RunFolder
+from fedllm.runtime.run import RunResult, Watch, resume
+from fedllm.scenarios.base import Summand
+from fedllm.scenarios.fedhomollm import Client, Settings, Train
+from fedllm.train.base import TrainSums
+from fedllm.train.settings import TrainSettings
+from fedllm.wire.payload import manifest_of
+
+Make = Callable[..., TinyFederation]
+Adapter = dict[str, torch.Tensor]
+SGD: dict[str, Any] = {"train.optim": "sgd", "train.learning_rate": 0.5, "train.lr_scheduler_type": "constant"}
+PLAN: dict[str, Any] = {"federation.num_rounds": 3, "federation.keep": "last"}
+
+
+def options_of(name: str, **strategy: Any) -> dict[str, Any]:
+    plan = PLAN | {"federation.strategy": {"name": name, **strategy}}
+    return plan | SGD if name == "SCAFFOLD" else plan
+
+
+CASES = {name: options_of(name) for name in DEFAULTS} | {
+    "decoupled": options_of("FedProx", proximal="decoupled"),
+    "FFA-LoRA": PLAN | {"federation.lora_rule": "FFA-LoRA"},
+    "RoLoRA": PLAN | {"federation.lora_rule": "RoLoRA", "federation.strategy": {"name": "FedAvgM"}},
+    "RoLoRA, SCAFFOLD": options_of("SCAFFOLD") | {"federation.lora_rule": "RoLoRA"},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_run_that_is_resumed_ends_as_the_unbroken_one(case: str, make_federation: Make) -> None:
+    federation = make_federation(job=CASES[case])
+    expected = federation.run("unbroken")
+
+    def stop(number: int, rows: Any) -> None:
+        if number == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        federation.run("broken", watch=Watch(on_round=stop))
+    result = resume(federation.folder / "broken")
+    assert (result.status, result.rounds, result.adapter_sha256) == ("SUCCESS", 3, expected.adapter_sha256)
+
+
+def test_every_strategy_and_rule_goes_another_way(make_federation: Make) -> None:
+    shas = {case: make_federation(case, job=plan).run().adapter_sha256 for case, plan in CASES.items()}
+    assert len(set(shas.values())) == len(CASES), shas
+
+
+def adapters(result: RunResult) -> dict[int, Adapter]:
+    """Return the global adapters of the rounds that are kept, from the server's checkpoints."""
+    run = RunFolder.open(result.path)
+    try:
+        states = run.checkpoints()
+        loaded = {number: states.load(number).tensors for number in states.valid()}
+    finally:
+        run.close()
+    head = "adapter/"
+    return {
+        number: {name.removeprefix(head): tensor for name, tensor in tensors.items() if name.startswith(head)}
+        for number, tensors in loaded.items()
+    }
+
+
+def changed(before: Adapter, after: Adapter) -> set[str]:
+    """Return which factors differ: `A`, `B`."""
+    return {name.split(".lora_")[1][0] for name in before if not torch.equal(before[name], after[name])}
+
+
+def bytes_of(result: RunResult, way: str) -> float:
+    return sum(row["value"] for row in result.rows() if row["name"] == f"bytes_{way}" and row["round"] == 3)
+
+
+def test_rolora_moves_b_in_odd_rounds_and_a_in_even_ones_and_sends_nothing_else(make_federation: Make) -> None:
+    both = make_federation("both", job=PLAN | {"federation.drift_meter": False}).run()
+    found = adapters(both)
+    assert changed(found[2], found[3]) == {"A", "B"}
+    for rounds, factor in ((2, "A"), (3, "B")):
+        plan = PLAN | {"federation.lora_rule": "RoLoRA", "federation.num_rounds": rounds}
+        result = make_federation(f"rolora{rounds}", job=plan).run()
+        found = adapters(result)
+        assert changed(found[rounds - 1], found[rounds]) == {factor}
+    assert 0.3 < bytes_of(result, "up") / bytes_of(both, "up") < 0.75
+
+
+def test_ffa_lora_keeps_the_first_a_and_never_sends_it(make_federation: Make) -> None:
+    both = make_federation("both", job=PLAN | {"federation.drift_meter": False}).run()
+    federation = make_federation("ffa", job=PLAN | {"federation.lora_rule": "FFA-LoRA"})
+    result = federation.run()
+    one_round = make_federation("first", job=PLAN | {"federation.num_rounds": 1}).run()
+    first, last = adapters(one_round)[0], adapters(result)[3]
+    assert changed(first, last) == {"B"}
+    assert all(0.3 < bytes_of(result, way) / bytes_of(both, way) < 0.75 for way in ("up", "down"))
+    # What is delivered has both factors.
+    saved = load_file(result.path / "adapter" / "adapter_model.safetensors")
+    assert {name.split(".lora_")[1][0] for name in saved} == {"A", "B"}
+
+
+def test_a_pull_keeps_the_parties_nearer_to_the_global_adapter(make_federation: Make) -> None:
+    def norm(folder: str, **strategy: Any) -> float:
+        plan = PLAN | SGD | {"federation.strategy": strategy, "federation.num_rounds": 1, "train.local_steps": 8}
+        rows = make_federation(folder, job=plan).run().rows()
+        return next(float(row["value"]) for row in rows if row["name"] == "update_norm")
+
+    free = norm("free", name="FedAvg")
+    assert norm("weak", name="FedProx", proximal_mu=0.1) < free
+    for how in ("gradient", "decoupled"):
+        assert norm(how, name="FedProx", proximal_mu=1.0, proximal=how) < 0.5 * free
+
+
+def test_one_step_a_round_with_scaffold_is_fedavg(make_federation: Make) -> None:
+    """The corrections c - c_i then cancel in the mean, with unequal weights too, if c is the mean of the c_i."""
+    plan = PLAN | SGD | {"train.local_steps": 1, "train.per_device_train_batch_size": 16, "train.max_grad_norm": 0}
+    plan |= {"federation.num_rounds": 4}
+    ends = {}
+    for name in ("FedAvg", "SCAFFOLD"):
+        result = make_federation(name, job=plan | {"federation.strategy": {"name": name}}).run()
+        ends[name] = adapters(result)[4]
+    assert all((ends["FedAvg"][key] - ends["SCAFFOLD"][key]).abs().max() < 1e-6 for key in ends["FedAvg"])
+    # With more steps it is not.
+    several = plan | {"train.local_steps": 4}
+    shas = {
+        make_federation(f"{name}4", job=several | {"federation.strategy": {"name": name}}).run().adapter_sha256
+        for name in ("FedAvg", "SCAFFOLD")
+    }
+    assert len(shas) == 2
+
+
+def test_scaffold_needs_plain_sgd(make_federation: Make) -> None:
+    federation = make_federation(job=PLAN | {"federation.strategy": {"name": "SCAFFOLD"}})
+    with pytest.raises(ConfigError, match="E17") as caught:
+        federation.run()
+    assert "optim: sgd" in str(caught.value.fix)
+
+
+def drift_of(result: RunResult) -> list[float]:
+    return [row["value"] for row in result.rows() if row["name"] == "lora_drift"]
+
+
+def test_the_drift_is_reported_each_round_where_both_factors_are_averaged(make_federation: Make) -> None:
+    found = drift_of(make_federation("both", job=PLAN).run())
+    assert len(found) == 3
+    assert all(0 < value < 1 for value in found)
+    for name, plan in {"off": {"federation.drift_meter": False}, "ffa": {"federation.lora_rule": "FFA-LoRA"}}.items():
+        assert drift_of(make_federation(name, job=PLAN | plan).run()) == []
+
+
+def test_more_local_steps_drift_further(make_federation: Make) -> None:
+    few, many = (
+        drift_of(make_federation(f"steps{steps}", job=PLAN | {"train.local_steps": steps}).run()) for steps in (1, 8)
+    )
+    assert many[0] > few[0]
+
+
+class OneNumber:
+    """A model of one number, whose training moves it by what the control variates leave of a gradient of 1."""
+
+    def __init__(self) -> None:
+        self.trainable = {"w": torch.nn.Parameter(torch.zeros(1))}
+        self.manifest = manifest_of(self.trainable)
+
+    def read(self) -> Adapter:
+        return {"w": self.trainable["w"].detach().clone()}
+
+    def write(self, tensors: Any) -> None:
+        self.trainable["w"].data.copy_(tensors["w"])
+
+    def only(self, names: Any) -> Any:
+        from contextlib import nullcontext
+
+        return nullcontext()
+
+    def train(self, task: Any, optimizer: torch.optim.Optimizer) -> TrainSums:
+        self.trainable["w"].grad = torch.ones(1)
+        for correct in task.corrections:
+            correct(0.1)
+        self.trainable["w"].data -= 0.1 * self.trainable["w"].grad
+        return TrainSums(1.0, 1, 1, 1)
+
+
+def client() -> Client:
+    model = OneNumber()
+    context: Any = SimpleNamespace(
+        party="north",
+        seed=1,
+        settings=Settings.model_validate({"num_rounds": 4, "strategy": {"name": "SCAFFOLD"}}),
+        model=model,
+        trainer=model,
+        pad_id=0,
+        data=SimpleNamespace(train=[object()], held_out=[], common=[]),
+        data_settings=None,
+        train_settings=TrainSettings.model_validate(
+            {"local_steps": 1, "learning_rate": 0.1, "optim": "sgd", "lr_scheduler_type": "constant"}
+        ),
+        eval_batch_size=1,
+        log=lambda *args: None,
+        on_step=lambda step, steps: None,
+    )
+    return Client(context)
+
+
+def control_of(half: Client, number: int, counted: dict[str, int]) -> float:
+    """Return the change of the control variate that a party answers with."""
+    zero = {"w": torch.zeros(1)}
+    answer = half.handle(Train(adapter=zero, control=zero, counted=counted), round_=number, deadline=1e9)
+    assert isinstance(answer, Summand)
+    return float(answer.tensors["control/w"])
+
+
+def test_a_control_variate_whose_change_was_not_counted_is_taken_back() -> None:
+    # A gradient of 1 makes c_i = 1 in the first round; the server's c stays 0 here.
+    counted, lost = client(), client()
+    assert control_of(counted, 1, {}) == pytest.approx(1.0)
+    assert control_of(lost, 1, {}) == pytest.approx(1.0)
+    # Counted: c_i is 1 already, and a second round finds a corrected gradient of 0 and leaves it there.
+    assert control_of(counted, 2, {"north": 1}) == pytest.approx(0.0)
+    # Not counted: it begins from 0 again, and says the whole change once more.
+    assert control_of(lost, 2, {}) == pytest.approx(1.0)
+    # A state that was restored knows as much.
+    again = client()
+    again.restore(lost.state())
+    assert control_of(again, 3, {}) == pytest.approx(1.0)
