@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +15,9 @@ from tiny import TinyFederation
 from fedllm.aggregate.server import DEFAULTS
 from fedllm.errors import ConfigError
 from fedllm.runs.folder import RunFolder
+from fedllm.runtime.plan import rehearse
 from fedllm.runtime.run import RunResult, Watch, resume
+from fedllm.runtime.validate import validate
 from fedllm.scenarios.base import Summand
 from fedllm.scenarios.fedhomollm import Client, Settings, Train
 from fedllm.train.base import TrainSums
@@ -165,6 +168,17 @@ def test_more_local_steps_drift_further(make_federation: Make) -> None:
     assert many[0] > few[0]
 
 
+@pytest.mark.parametrize("case", ["FedAvg", "SCAFFOLD", "FFA-LoRA", "RoLoRA"])
+def test_the_plan_foretells_the_bytes(case: str, make_federation: Make) -> None:
+    federation = make_federation(job=CASES[case] | {"federation.num_rounds": 6})
+    foretold = rehearse(federation.job(), validate(federation.job(), federation.parties()))
+    rows = [row for row in federation.run().rows() if row["name"] in ("bytes_up", "bytes_down")]
+    assert foretold.total == pytest.approx(sum(row["value"] for row in rows), rel=0.02)
+    assert foretold.most_up["north"].per_round == pytest.approx(
+        max(row["value"] for row in rows if row["name"] == "bytes_up" and row["party"] == "north"), rel=0.02
+    )
+
+
 class OneNumber:
     """A model of one number, whose training moves it by what the control variates leave of a gradient of 1."""
 
@@ -179,8 +193,6 @@ class OneNumber:
         self.trainable["w"].data.copy_(tensors["w"])
 
     def only(self, names: Any) -> Any:
-        from contextlib import nullcontext
-
         return nullcontext()
 
     def train(self, task: Any, optimizer: torch.optim.Optimizer) -> TrainSums:

@@ -20,16 +20,18 @@ from fedllm.runs.report_data import RunRecord, Values, added
 
 _TEXT_SCORES = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L", "bleu4": "BLEU-4"}
 _SIZES = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "B"))
+# Above this share of a round's change, another rule for LoRA's factors is suggested.
+DRIFT_LIMIT = 0.1
 _TIMES = ((3600.0, "hours"), (60.0, "minutes"), (1.0, "seconds"), (1e-3, "milliseconds"))
 
 
 def curves(record: RunRecord) -> list[Drawing]:
-    """Return the charts over rounds that the run has numbers for: losses, then text scores.
+    """Return the charts over rounds that the run has numbers for: losses, LoRA's drift, then text scores.
 
     Args:
         record: What the run folder says.
     """
-    found = [_common_loss(record), _held_out_loss(record), _train_loss(record), *_text_scores(record)]
+    found = [_common_loss(record), _held_out_loss(record), _train_loss(record), _drift(record), *_text_scores(record)]
     return [drawing for drawing in found if drawing is not None]
 
 
@@ -78,6 +80,20 @@ def _train_loss(record: RunRecord) -> Drawing | None:
         [lead, *party_series(metrics.by_party("loss_nats", split="train"))],
         gaps=metrics.lost("loss_nats", split="train"),
     )
+
+
+def _drift(record: RunRecord) -> Drawing | None:
+    values = record.metrics.values("lora_drift")
+    percent = {number: 100 * value for number, value in values.items() if value is not None}
+    note = "The mean of LoRA's factors is off the mean of their products by this share of a round's change."
+    high = {number: value for number, value in percent.items() if value > 100 * DRIFT_LIMIT}
+    if high:
+        worst = max(high, key=lambda number: high[number])
+        note += (
+            f" In {len(high)} of {len(percent)} rounds that was more than {DRIFT_LIMIT:.0%} (round {worst}: "
+            f"{high[worst]:.0f}%): try federation.lora_rule RoLoRA, fewer local_steps, or a lower learning_rate."
+        )
+    return line_chart(Labels("lora-drift", "Drift of LoRA's factors", "%", note), [Series("drift", percent, "lead")])
 
 
 def _text_scores(record: RunRecord) -> Iterable[Drawing | None]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,7 +32,7 @@ from fedllm.wire.ledger import ByteLedger
 from fedllm.wire.payload import Tensors
 
 _PROBE_STEPS = 3
-_DRY_ROUNDS = 3
+_DRY_ROUNDS = 4
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,9 @@ class _Rehearsal:
     def write(self, tensors: Tensors) -> None:
         pass
 
+    def only(self, names: Iterable[str]) -> AbstractContextManager[None]:
+        return nullcontext()
+
 
 class _NoTraining:
     def train(self, task: TrainTask, optimizer: torch.optim.Optimizer) -> TrainSums:
@@ -125,7 +131,8 @@ def rehearse(job: Job, facts: Facts) -> Traffic:
         job: The job.
         facts: From `validate`, for any of its parties.
     """
-    every = max(1, getattr(job.federation, "eval_every", 1))
+    # Evaluations come every so many rounds, and some rules do in turns what they do.
+    every = math.lcm(2, max(1, getattr(job.federation, "eval_every", 1)))
     rounds = min(job.federation.num_rounds, -(-_DRY_ROUNDS // every) * every)
     federation = job.federation.model_copy(update={"num_rounds": rounds})
     short = job.model_copy(update={"federation": federation}).located(job.base_dir)

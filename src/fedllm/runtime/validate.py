@@ -131,6 +131,11 @@ def upload_limits(job: Job, parties: list[LocatedParty], tunable: TunableModel) 
         parties: The parties.
         tunable: The model with its adapter.
     """
-    size = sum(spec.num_bytes for spec in tunable.manifest.values())
-    upload = Upload(size, size * job.federation.num_rounds)
+    # Every other round may send something else.
+    odd, even = (
+        sum(spec.num_bytes for spec in job.table_line().answer(job.federation, tunable.manifest, number).values())
+        for number in (1, 2)
+    )
+    rounds = job.federation.num_rounds
+    upload = Upload(max(odd, even if rounds > 1 else 0), odd * -(-rounds // 2) + even * (rounds // 2))
     return [error for located in parties for error in check_upload(upload, located.party)]

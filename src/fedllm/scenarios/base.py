@@ -162,7 +162,11 @@ class ClientHalf(Protocol):
 
 @dataclass(frozen=True)
 class Scenario:
-    """One line of the table of scenarios."""
+    """One line of the table of scenarios.
+
+    `answer(settings, manifest, round)` says what a party's answer to a round of training holds, for an adapter of these
+    tensors. No round differs from the one two rounds before.
+    """
 
     settings: type[ScenarioSettings]
     requests: tuple[type[Payload], ...]
@@ -170,6 +174,7 @@ class Scenario:
     server: Callable[..., ServerHalf]
     client: Callable[[ClientContext], ClientHalf]
     alone: Callable[[ScenarioSettings], ScenarioSettings]
+    answer: Callable[[Any, Manifest, int], Manifest]
     who_learns_what: tuple[str, ...]
 
     def kinds(self) -> dict[str, type[Payload]]:

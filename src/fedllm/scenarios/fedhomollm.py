@@ -118,7 +118,8 @@ class Server:
         cohort = self._cohort(federation.parties, number)
         counted = state.fields.get("counted", {})
         request = Train(adapter=_sent(settings, adapter), control=control, counted=counted)
-        total = federation.total(request, round_=number, to=cohort, manifest=_answer(settings, adapter, number))
+        expected = answer(settings, manifest_of(adapter), number)
+        total = federation.total(request, round_=number, to=cohort, manifest=expected)
         self._check_quorum(total, number)
         update, control_update = _select("update", total.means), _select("control", total.means)
         share = len(total.parties) / len(federation.parties)
@@ -189,15 +190,21 @@ def _sent(settings: Settings, adapter: Tensors) -> Tensors:
     return {name: adapter[name] for name in travelling(settings.lora_rule, adapter)}
 
 
-def _answer(settings: Settings, adapter: Tensors, number: int) -> Manifest:
-    """Return what a party's answer to `Train` holds."""
-    moved = manifest_of({name: adapter[name] for name in moving(settings.lora_rule, adapter, number)})
+def answer(settings: Settings, adapter: Manifest, number: int) -> Manifest:
+    """Return what a party's answer to `Train` holds.
+
+    Args:
+        settings: The scenario's.
+        adapter: The tensors that are tuned.
+        number: The round.
+    """
+    moved = moving(settings.lora_rule, adapter, number)
     fields = ("update", "control") if settings.strategy.name == "SCAFFOLD" else ("update",)
-    answer = {f"{field}/{name}": spec for field in fields for name, spec in moved.items()}
+    found = {f"{field}/{name}": adapter[name] for field in fields for name in moved}
     if settings.lora_rule == "FedIT" and settings.drift_meter:
         rows = {site: adapter[left].shape[0] for site, (left, _) in sites(adapter).items()}
-        answer |= {f"drift/{site}": TensorSpec(dtype="float32", shape=[count]) for site, count in rows.items()}
-    return answer
+        found |= {f"drift/{site}": TensorSpec(dtype="float32", shape=[count]) for site, count in rows.items()}
+    return found
 
 
 def _evaluate(federation: Federation, adapter: Tensors, split: Split, number: int, to: tuple[str, ...]) -> Total:
@@ -418,9 +425,11 @@ SCENARIO = Scenario(
     server=Server,
     client=Client,
     alone=alone,
+    answer=answer,
     who_learns_what=(
-        "The server sees each party's update (no secure aggregation yet), the sums of losses and counts, and the "
-        "global adapter.",
+        "The server sees each party's update (no secure aggregation yet), with SCAFFOLD also its control variate and "
+        "with the drift meter a random projection of its adapter, the sums of losses and counts, and the global "
+        "adapter.",
         "Each party sees the global adapter after every round; never another party's update or data.",
         "Rows, prompts and completions never leave a party. Updates can leak something of them: see the threat model.",
     ),
