@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from fedllm.aggregate.lora import LoraRule, drift, moving, sites, sketch, travelling
+from fedllm.aggregate.lora import LoraRule, drift, moving, sites, sketch, travelling, truncated_product
 
 A, B = "base.q_proj.lora_A.default.weight", "base.q_proj.lora_B.default.weight"
 EA, EB = "base.embed.lora_embedding_A.default", "base.embed.lora_embedding_B.default"
@@ -127,3 +127,43 @@ def test_all_parties_draw_the_same_probe_and_each_round_another() -> None:
 def test_where_nothing_changed_there_is_nothing_to_say() -> None:
     adapter = random_adapter(torch.Generator().manual_seed(1))
     assert drift(sketch(adapter, seed=1, number=1), adapter, adapter, seed=1, number=1) is None
+
+
+def ideal_product(before: Tensors, updates: list[Tensors], shares: list[float]) -> dict[str, torch.Tensor]:
+    after = [{name: (before[name] + update[name]).double() for name in before} for update in updates]
+    return weighted([products(one) for one in after], shares)
+
+
+@pytest.mark.parametrize("parties", [1, 2, 5])
+def test_flexlora_s_error_is_the_tail_of_the_singular_values(parties: int) -> None:
+    generator = torch.Generator().manual_seed(parties)
+    before = large_adapter(generator)
+    updates = [large_adapter(generator) for _ in range(parties)]
+    shares = [(number + 1) / (parties * (parties + 1) / 2) for number in range(parties)]
+    change = truncated_product(before, updates, shares)
+    found = products({name: (before[name] + change[name]).double() for name in before})
+    for site, wanted in ideal_product(before, updates, shares).items():
+        tail = torch.linalg.svdvals(wanted)[4:].norm()
+        assert float((found[site] - wanted).norm()) == pytest.approx(float(tail), abs=1e-5 * float(wanted.norm()))
+
+
+def test_flexlora_is_nearer_to_the_ideal_than_the_mean_of_factors() -> None:
+    generator = torch.Generator().manual_seed(9)
+    before = large_adapter(generator)
+    updates, shares = [large_adapter(generator) for _ in range(4)], [0.25] * 4
+    change = truncated_product(before, updates, shares)
+    mean = {name: before[name] + sum(update[name] for update in updates) / 4 for name in before}
+    ideal, flex = ideal_product(before, updates, shares), products({n: before[n] + change[n] for n in before})
+    averaged = products(mean)
+    assert all((flex[site] - ideal[site]).norm() < (averaged[site] - ideal[site]).norm() for site in ideal)
+
+
+def test_flexlora_on_a_site_smaller_than_its_rank() -> None:
+    name_a, name_b = "tiny.lora_A.default.weight", "tiny.lora_B.default.weight"
+    generator = torch.Generator().manual_seed(1)
+    before = {name_a: torch.randn(4, 3, generator=generator), name_b: torch.randn(2, 4, generator=generator)}
+    update = {name: torch.randn(tensor.shape, generator=generator) for name, tensor in before.items()}
+    change = truncated_product(before, [update], [1.0])
+    after = {name: before[name] + change[name] for name in before}
+    expected = (before[name_b] + update[name_b]) @ (before[name_a] + update[name_a])
+    assert torch.allclose(after[name_b] @ after[name_a], expected, atol=1e-5)

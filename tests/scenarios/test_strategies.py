@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file
 from tiny import TinyFederation
 
+from fedllm.aggregate.lora import sites
 from fedllm.aggregate.server import DEFAULTS
-from fedllm.errors import ConfigError
+from fedllm.errors import ConfigError, RunFailed
 from fedllm.runs.folder import RunFolder
 from fedllm.runtime.plan import rehearse
 from fedllm.runtime.run import RunResult, Watch, resume
@@ -22,6 +23,7 @@ from fedllm.scenarios.base import Summand
 from fedllm.scenarios.fedhomollm import Client, Settings, Train
 from fedllm.train.base import TrainSums
 from fedllm.train.settings import TrainSettings
+from fedllm.train.supervised import SupervisedTrainer
 from fedllm.wire.payload import manifest_of
 
 Make = Callable[..., TinyFederation]
@@ -39,6 +41,13 @@ CASES = {name: options_of(name) for name in DEFAULTS} | {
     "decoupled": options_of("FedProx", proximal="decoupled"),
     "FFA-LoRA": PLAN | {"federation.lora_rule": "FFA-LoRA"},
     "RoLoRA": PLAN | {"federation.lora_rule": "RoLoRA", "federation.strategy": {"name": "FedAvgM"}},
+    "FlexLoRA": PLAN | {"federation.lora_rule": "FlexLoRA", "train.optimizer_state": "reset"},
+    "Median": PLAN
+    | {"federation.lora_rule": "RoLoRA", "federation.robust": {"name": "Median", "num_malicious": 1}}
+    | {"federation.min_parties": 3},
+    "GeometricMedian": PLAN
+    | {"federation.robust": {"name": "GeometricMedian", "num_malicious": 1}, "federation.min_parties": 3},
+    "FLTrust": PLAN | {"federation.robust": {"name": "FLTrust", "root_party": "north"}},
     "RoLoRA, SCAFFOLD": options_of("SCAFFOLD") | {"federation.lora_rule": "RoLoRA"},
 }
 
@@ -142,11 +151,66 @@ def test_one_step_a_round_with_scaffold_is_fedavg(make_federation: Make) -> None
     assert len(shas) == 2
 
 
-def test_scaffold_needs_plain_sgd(make_federation: Make) -> None:
-    federation = make_federation(job=PLAN | {"federation.strategy": {"name": "SCAFFOLD"}})
-    with pytest.raises(ConfigError, match="E17") as caught:
+FLEX = {"federation.lora_rule": "FlexLoRA", "train.optimizer_state": "reset"}
+KRUM = {"federation.robust": {"name": "Krum", "num_malicious": 1}}
+MEDIAN = {"federation.robust": {"name": "Median", "num_malicious": 1}, "federation.min_parties": 3}
+TRUST = {"federation.robust": {"name": "FLTrust", "root_party": "north"}}
+
+
+@pytest.mark.parametrize(
+    ("plan", "key", "words"),
+    [
+        ({"federation.strategy": {"name": "SCAFFOLD"}}, "optim", "E17"),
+        (SGD | FLEX | {"federation.strategy": {"name": "SCAFFOLD"}}, "strategy", "each update"),
+        (SGD | TRUST | {"federation.strategy": {"name": "SCAFFOLD"}}, "strategy", "each update"),
+        (FLEX | {"federation.strategy": {"name": "FedAvgM"}}, "lora_rule", "momentum"),
+        (FLEX | {"federation.strategy": {"name": "FedAvg", "server_learning_rate": 0.5}}, "lora_rule", "step size"),
+        (FLEX | {"train.optimizer_state": "keep"}, "lora_rule", "adamw_torch remembers"),
+        (FLEX | {"peft.use_dora": True}, "lora_rule", "DoRA"),
+        (FLEX | TRUST, "lora_rule", "FlexLoRA and FLTrust"),
+        (KRUM, "min_parties", "5 answers to bear 1"),
+        (KRUM | {"federation.min_parties": 3}, "min_parties", "E21"),
+        (MEDIAN, "robust", "coordinates"),
+        ({"federation.robust": {"name": "FLTrust", "root_party": "west"}}, "robust", "west"),
+        (TRUST | {"federation.fraction_train": 0.5}, "fraction_train", "every round"),
+    ],
+)
+def test_what_cannot_be_asked_together_is_refused_by_name(
+    plan: dict[str, Any], key: str, words: str, make_federation: Make
+) -> None:
+    federation = make_federation(job=PLAN | plan)
+    with pytest.raises(ConfigError, match=words) as caught:
         federation.run()
-    assert "optim: sgd" in str(caught.value.fix)
+    assert caught.value.code == "BAD_COMBINATION"
+    assert caught.value.fix
+    assert not (federation.folder / "run").exists()
+
+
+def test_flexlora_with_one_party_is_what_that_party_came_to(make_federation: Make) -> None:
+    """A party's own product has the rank of the adapter, so nothing is cut off: the models agree to rounding."""
+    sizes = {"north": 6, "east": 6}
+    ends = {}
+    for rule in ("FedIT", "FlexLoRA"):
+        plan = PLAN | FLEX | {"federation.lora_rule": rule, "federation.num_rounds": 1, "federation.min_parties": 1}
+        federation = make_federation(
+            rule, sizes=sizes, job=plan | {"federation.fraction_train": 0.1}, party={"limits.min_parties": 1}
+        )
+        adapter = adapters(federation.run())[1]
+        ends[rule] = {site: adapter[left] @ adapter[right] for site, (left, right) in sites(adapter).items()}
+    for site, product in ends["FedIT"].items():
+        assert torch.allclose(product, ends["FlexLoRA"][site], atol=1e-6)
+
+
+def test_a_root_party_that_does_not_answer_stops_the_run_by_name(make_federation: Make) -> None:
+    class Failing:
+        def train(self, task: Any, optimizer: Any) -> TrainSums:
+            if task.party == "north":
+                raise RunFailed("NONFINITE", "it diverged")
+            return SupervisedTrainer().train(task, optimizer)
+
+    with pytest.raises(RunFailed, match="north, whose update is trusted") as caught:
+        make_federation(job=PLAN | TRUST).run(trainer=Failing())
+    assert caught.value.code == "QUORUM"
 
 
 def drift_of(result: RunResult) -> list[float]:

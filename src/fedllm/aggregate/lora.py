@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -12,7 +12,7 @@ import torch
 from fedllm.seeds import stream
 
 Tensors = dict[str, torch.Tensor]
-LoraRule = Literal["FedIT", "FFA-LoRA", "RoLoRA"]
+LoraRule = Literal["FedIT", "FFA-LoRA", "RoLoRA", "FlexLoRA"]
 
 # The factor that is drawn at random at the start, and the one that starts at zero. On embeddings they swap names.
 _DRAWN = re.compile(r"\.lora_(A|embedding_B)\.")
@@ -32,7 +32,7 @@ def moving(rule: LoraRule, names: Iterable[str], number: int) -> list[str]:
         names: All trained tensors.
         number: The round, from 1 on.
     """
-    fixed = {"FedIT": None, "FFA-LoRA": _DRAWN, "RoLoRA": _DRAWN if number % 2 else _ZERO}[rule]
+    fixed = {"FFA-LoRA": _DRAWN, "RoLoRA": _DRAWN if number % 2 else _ZERO}.get(rule)
     return [name for name in names if fixed is None or not fixed.search(name)]
 
 
@@ -103,3 +103,57 @@ def drift(
     bias = sum(float((mean_sketch[site] - now[site]).double().square().sum()) for site in mean_sketch)
     change = sum(float((mean_sketch[site] - was[site]).double().square().sum()) for site in mean_sketch)
     return math.sqrt(bias / change) if change else None
+
+
+def factors_of(
+    before: Mapping[str, torch.Tensor], update: Mapping[str, torch.Tensor], left: str, right: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return a site's change of B, change of A, and A after it, float64; what did not move has a change of 0.
+
+    Args:
+        before: The global state.
+        update: A party's update.
+        left: Name of B.
+        right: Name of A.
+    """
+    d_left, d_right = (
+        update[name].double() if name in update else torch.zeros_like(before[name], dtype=torch.float64)
+        for name in (left, right)
+    )
+    return d_left, d_right, before[right].double() + d_right
+
+
+def truncated_product(
+    before: Mapping[str, torch.Tensor], updates: Sequence[Mapping[str, torch.Tensor]], shares: Sequence[float]
+) -> Tensors:
+    """Return the change of all factors that makes each site's product the best one of its rank: FlexLoRA.
+
+    The weighted sum of the parties' products, sum p_i B_i A_i, is cut to the rank of the site by its singular values,
+    and split evenly: B = U sqrt(S), A = sqrt(S) V^T. The error is the norm of the values cut off.
+
+    Source: Bai et al. 2024, arXiv:2402.11505, section 4. Differs: the decomposition is of the small core between the
+    QR factors of the stacked B and A, never of the product itself.
+
+    Args:
+        before: The global state.
+        updates: The parties' updates.
+        shares: The parties' weights, 1 in all.
+    """
+    changes: Tensors = {}
+    for left, right in sites(before).values():
+        parts = [factors_of(before, update, left, right) for update in updates]
+        old = before[left].double()
+        scaled = [share * (old + d_left) for share, (d_left, _, _) in zip(shares, parts, strict=True)]
+        q_left, r_left = torch.linalg.qr(torch.cat(scaled, dim=1))
+        q_right, r_right = torch.linalg.qr(torch.cat([new_right for _, _, new_right in parts]).T)
+        u, s, v = torch.linalg.svd(r_left @ r_right.T, full_matrices=False)
+        rank = before[left].shape[1]
+        root = s[:rank].sqrt()
+        new_left, new_right = q_left @ (u[:, :rank] * root), (root[:, None] * v[:rank]) @ q_right.T
+        if len(s) < rank:
+            # A site that is smaller than its rank has no more directions than these.
+            new_left = torch.nn.functional.pad(new_left, (0, rank - len(s)))
+            new_right = torch.nn.functional.pad(new_right, (0, 0, 0, rank - len(s)))
+        changes[left] = (new_left - old).float()
+        changes[right] = (new_right - before[right].double()).float()
+    return changes

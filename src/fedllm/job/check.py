@@ -108,15 +108,9 @@ def _warmup_within_run(job: Job) -> Iterator[ConfigError]:
         )
 
 
-def _scaffold_needs_gradients(job: Job) -> Iterator[ConfigError]:
-    strategy = getattr(job.federation, "strategy", None)
-    if strategy is not None and strategy.name == "SCAFFOLD" and job.train.optim != "sgd":
-        yield _clash(
-            job,
-            "train.optim",
-            f"SCAFFOLD's control variates are mean gradients under plain SGD only, not under {job.train.optim} (E17)",
-            "set `optim: sgd` (with a higher learning_rate), or another `federation.strategy`",
-        )
+def _of_the_scenario(job: Job) -> Iterator[ConfigError]:
+    for key, what, fix in job.table_line().clashes(job.federation, job.train, job.peft, job.parties):
+        yield _clash(job, key, what, fix)
 
 
 def _files(job: Job) -> Iterator[ConfigError]:
@@ -143,6 +137,6 @@ RULES: tuple[Callable[[Job], Iterator[ConfigError]], ...] = (
     _saved_modules_precision,
     _limits_of_tests,
     _warmup_within_run,
-    _scaffold_needs_gradients,
+    _of_the_scenario,
     _files,
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -10,9 +10,12 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from fedllm.data.settings import DataSettings
 from fedllm.data.tokens import TokenisedExample
+from fedllm.errors import PayloadError
 from fedllm.models.adapter import TunableModel
+from fedllm.models.settings import PeftSettings
 from fedllm.train.base import LocalTrainer
 from fedllm.train.settings import TrainSettings
+from fedllm.wire.frame import check_manifest
 from fedllm.wire.payload import Failure, Manifest, Payload, TensorMap, Tensors
 
 Row = dict[str, Any]
@@ -81,6 +84,45 @@ class Federation(Protocol):
     def total(self, request: Payload, *, round_: int, to: Sequence[str], manifest: Manifest) -> Total:
         """Return the weighted sum of the answers (each a `Summand`) and who is in it, nothing else."""
         ...
+
+
+def collect(
+    federation: Federation, request: Payload, *, round_: int, to: Sequence[str], manifest: Manifest
+) -> tuple[Total, list[tuple[str, Summand]]]:
+    """Return what `total` does but for the means, and each party's answer, in the order of `to`.
+
+    For rules that need each answer by itself. All of them are in memory at a time.
+
+    Args:
+        federation: The parties.
+        request: What is asked.
+        round_: The round.
+        to: Who is asked.
+        manifest: What each answer must hold.
+    """
+    found: dict[str, Summand] = {}
+    failures: dict[str, str] = {}
+    for reply in federation.ask(request, round_=round_, to=to):
+        try:
+            found[reply.party] = _summand(reply, manifest)
+        except PayloadError as error:
+            failures[reply.party] = error.code
+    answers = [(party, found[party]) for party in to if party in found]
+    counts: dict[str, float] = {}
+    for _, answer in answers:
+        for name, value in answer.counts.items():
+            counts[name] = counts.get(name, 0.0) + value
+    weight = sum(answer.weight for _, answer in answers)
+    return Total(tuple(party for party, _ in answers), {}, weight, counts, failures), answers
+
+
+def _summand(reply: Reply, manifest: Manifest) -> Summand:
+    if isinstance(reply.payload, Failure):
+        raise PayloadError(reply.payload.code, "the party failed", where=reply.party)
+    if not isinstance(reply.payload, Summand):
+        raise PayloadError("PAYLOAD_REFUSED", "the answer is not a summand", where=reply.party)
+    check_manifest(reply.payload.tensors, manifest, sender=reply.party)
+    return reply.payload
 
 
 @dataclass(frozen=True)
@@ -164,6 +206,7 @@ class ClientHalf(Protocol):
 class Scenario:
     """One line of the table of scenarios.
 
+    `clashes(settings, train, peft, parties)` yields what cannot be asked together, as (key, what, fix).
     `answer(settings, manifest, round)` says what a party's answer to a round of training holds, for an adapter of these
     tensors. No round differs from the one two rounds before.
     """
@@ -174,6 +217,7 @@ class Scenario:
     server: Callable[..., ServerHalf]
     client: Callable[[ClientContext], ClientHalf]
     alone: Callable[[ScenarioSettings], ScenarioSettings]
+    clashes: Callable[[Any, TrainSettings, PeftSettings, Sequence[str]], Iterable[tuple[str, str, str]]]
     answer: Callable[[Any, Manifest, int], Manifest]
     who_learns_what: tuple[str, ...]
 

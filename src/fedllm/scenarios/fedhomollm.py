@@ -14,18 +14,20 @@ party whose answer was not counted goes back to the control variate before it, s
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 
-from fedllm.aggregate.lora import LoraRule, drift, moving, sites, sketch, travelling
+from fedllm.aggregate.lora import LoraRule, drift, moving, sites, sketch, travelling, truncated_product
+from fedllm.aggregate.robust import COORDINATEWISE, RobustSettings, Update, robust_mean, weighted_sum
 from fedllm.aggregate.server import StrategySettings, server_step
 from fedllm.data.batches import BatchOrder
 from fedllm.errors import PayloadError, RunFailed, RunPaused
 from fedllm.evaluate.loss import LossSums, evaluate_examples
+from fedllm.models.settings import PeftSettings
 from fedllm.scenarios.base import (
     ClientContext,
     Federation,
@@ -36,11 +38,13 @@ from fedllm.scenarios.base import (
     State,
     Summand,
     Total,
+    collect,
 )
 from fedllm.seeds import stream
 from fedllm.train.base import TrainTask
 from fedllm.train.corrections import Correction, control_variate, decoupled_proximal, next_control, proximal
 from fedllm.train.optimizer import learning_rates, load_optimizer_tensors, make_optimizer, optimizer_tensors
+from fedllm.train.settings import TrainSettings
 from fedllm.wire.frame import check_manifest
 from fedllm.wire.payload import Manifest, Payload, TensorMap, Tensors, TensorSpec, manifest_of
 
@@ -52,8 +56,11 @@ class Settings(ScenarioSettings):
 
     strategy: StrategySettings = Field(StrategySettings(), description="The server's optimiser.")
     lora_rule: LoraRule = Field(
-        "FedIT", description="LoRA: average both factors (FedIT), only B (FFA-LoRA), or B and A in turns (RoLoRA)."
+        "FedIT",
+        description="LoRA: average both factors (FedIT), only B (FFA-LoRA), B and A in turns (RoLoRA), or the products "
+        "(FlexLoRA).",
     )
+    robust: RobustSettings = Field(RobustSettings(), description="What bears dishonest parties.")
     drift_meter: bool = Field(
         True, description="Measure how far the mean of LoRA's factors is from the mean of their products (FedIT)."
     )
@@ -119,8 +126,13 @@ class Server:
         counted = state.fields.get("counted", {})
         request = Train(adapter=_sent(settings, adapter), control=control, counted=counted)
         expected = answer(settings, manifest_of(adapter), number)
-        total = federation.total(request, round_=number, to=cohort, manifest=expected)
-        self._check_quorum(total, number)
+        if _needs_each(settings):
+            total, answers = collect(federation, request, round_=number, to=cohort, manifest=expected)
+            self._check_quorum(total, number)
+            total = replace(total, means=_combined(settings, adapter, answers))
+        else:
+            total = federation.total(request, round_=number, to=cohort, manifest=expected)
+            self._check_quorum(total, number)
         update, control_update = _select("update", total.means), _select("control", total.means)
         share = len(total.parties) / len(federation.parties)
         control = {
@@ -157,10 +169,14 @@ class Server:
         return [party for index, party in enumerate(parties) if index in chosen]
 
     def _check_quorum(self, total: Total, number: int) -> None:
-        if len(total.parties) >= self._settings.min_parties:
+        least, root = self._settings.min_parties, self._settings.robust.root_party
+        if len(total.parties) < least:
+            what = f"{len(total.parties)} parties finished, federation.min_parties is {least}"
+        elif root is not None and root not in total.parties:
+            what = f"{root}, whose update is trusted, did not finish"
+        else:
             return
         failed = ", ".join(f"{party}: {code}" for party, code in sorted(total.failures.items()))
-        what = f"{len(total.parties)} parties finished, federation.min_parties is {self._settings.min_parties}"
         # Waiting can cure a slow party, and space a full disk; a party whose training diverged will diverge again.
         may_pass = set(total.failures.values()) <= {"ROUND_TIMEOUT", "DISK_FULL"}
         error = RunPaused if may_pass else RunFailed
@@ -186,8 +202,88 @@ class Server:
         return RoundResult(_with_best(state, totals["held_out"]), rows, failures)
 
 
+def _needs_each(settings: Settings) -> bool:
+    """Return whether the server must see each party's update; a sum of them is enough otherwise."""
+    return settings.robust.name != "none" or settings.lora_rule == "FlexLoRA"
+
+
+def _combined(settings: Settings, adapter: Tensors, answers: list[tuple[str, Summand]]) -> Tensors:
+    updates = [Update(party, answer.weight, _select("update", answer.tensors)) for party, answer in answers]
+    if settings.robust.name != "none":
+        return _prefixed("update", robust_mean(adapter, updates, settings.robust))
+    shares = [update.weight / sum(other.weight for other in updates) for update in updates]
+    means = weighted_sum(updates, shares)
+    return _prefixed("update", means | truncated_product(adapter, [update.tensors for update in updates], shares))
+
+
+def clashes(
+    settings: Settings, train: TrainSettings, peft: PeftSettings, parties: Sequence[str]
+) -> Iterator[tuple[str, str, str]]:
+    """Yield what cannot be asked together, as (key, what, fix).
+
+    Args:
+        settings: The scenario's.
+        train: The job's `train` section.
+        peft: Its `peft` section.
+        parties: Its parties.
+    """
+    strategy, robust = settings.strategy, settings.robust
+    if strategy.name == "SCAFFOLD" and train.optim != "sgd":
+        what = f"SCAFFOLD's control variates are mean gradients under plain SGD only, not under {train.optim} (E17)"
+        yield "train.optim", what, "set `optim: sgd` (with a higher learning_rate), or another `federation.strategy`"
+    if strategy.name == "SCAFFOLD" and _needs_each(settings):
+        what = "SCAFFOLD's control variates are means, which the rule that looks at each update does not make"
+        yield "federation.strategy", what, "set another `strategy`, or leave `robust` and FlexLoRA out"
+    if settings.lora_rule == "FlexLoRA":
+        yield from _clashes_of_flexlora(settings, train, peft)
+    yield from _clashes_of_robust(settings, parties)
+    if robust.name in COORDINATEWISE and settings.lora_rule == "FedIT":
+        what = f"{robust.name} compares coordinates, and LoRA's product has none in common while both factors move"
+        yield "federation.robust", what, "set `lora_rule: RoLoRA` or FFA-LoRA, or a rule such as MultiKrum"
+
+
+def _clashes_of_flexlora(
+    settings: Settings, train: TrainSettings, peft: PeftSettings
+) -> Iterator[tuple[str, str, str]]:
+    key, new = "federation.lora_rule", "FlexLoRA takes new axes for the factors in every round"
+    plain = settings.strategy.name in ("FedAvg", "FedProx") and settings.strategy.server_learning_rate == 1
+    if not plain:
+        what = f"{new}, so a server's momentum or step size has no meaning"
+        yield key, what, "set `strategy: {name: FedAvg}`, or another `lora_rule`"
+    if train.optim != "sgd" and train.optimizer_state == "keep":
+        what = f"{new}, so what {train.optim} remembers of the last one does not fit"
+        yield key, what, "set `train.optimizer_state: reset`"
+    if settings.robust.name != "none":
+        what = f"FlexLoRA and {settings.robust.name} would both take the mean's place"
+        yield key, what, "set another `lora_rule`, or leave `robust` out"
+    if peft.use_dora:
+        yield key, "with DoRA the model is not linear in the product that FlexLoRA keeps", "set `use_dora: false`"
+
+
+def _clashes_of_robust(settings: Settings, parties: Sequence[str]) -> Iterator[tuple[str, str, str]]:
+    robust, least = settings.robust, settings.robust.least_parties()
+    if settings.min_parties < least:
+        bears = f" to bear {robust.num_malicious} of them" if robust.num_malicious else ""
+        what = f"{robust.name} needs {least} answers{bears}, and min_parties is {settings.min_parties} (E21)"
+        fix = f"set `min_parties` to {least} or more, with as many parties"
+        yield (
+            "federation.min_parties",
+            what,
+            fix if robust.num_malicious in (None, 1) else f"{fix}; or lower num_malicious",
+        )
+    if robust.root_party is not None and robust.root_party not in parties:
+        yield "federation.robust", f"the root party {robust.root_party!r} is no party of the job", "name one of them"
+    if robust.root_party is not None and settings.fraction_train < 1:
+        what = "FLTrust needs its root party in every round, and fraction_train draws some of the parties"
+        yield "federation.fraction_train", what, "set `fraction_train: 1.0`"
+
+
 def _sent(settings: Settings, adapter: Tensors) -> Tensors:
     return {name: adapter[name] for name in travelling(settings.lora_rule, adapter)}
+
+
+def _meets_drift(settings: Settings) -> bool:
+    return settings.drift_meter and settings.lora_rule == "FedIT" and not _needs_each(settings)
 
 
 def answer(settings: Settings, adapter: Manifest, number: int) -> Manifest:
@@ -201,7 +297,7 @@ def answer(settings: Settings, adapter: Manifest, number: int) -> Manifest:
     moved = moving(settings.lora_rule, adapter, number)
     fields = ("update", "control") if settings.strategy.name == "SCAFFOLD" else ("update",)
     found = {f"{field}/{name}": adapter[name] for field in fields for name in moved}
-    if settings.lora_rule == "FedIT" and settings.drift_meter:
+    if _meets_drift(settings):
         rows = {site: adapter[left].shape[0] for site, (left, _) in sites(adapter).items()}
         found |= {f"drift/{site}": TensorSpec(dtype="float32", shape=[count]) for site, count in rows.items()}
     return found
@@ -324,7 +420,7 @@ class Client:
         mean = {"loss_nats": sums.loss_nats / max(sums.tokens, 1), "learning_rate": last_rate}
         c.log(number, "train", counts | mean)
         tensors = _prefixed("update", update) | _prefixed("control", self._control_update(request, update, number))
-        if self._rule == "FedIT" and c.settings.drift_meter:
+        if _meets_drift(c.settings):
             tensors |= _prefixed("drift", sketch(end, seed=c.seed, number=number))
         return Summand(weight=self._weight(), counts=counts, tensors=tensors)
 
@@ -414,7 +510,8 @@ def alone(settings: ScenarioSettings) -> Settings:
     Args:
         settings: The federation's.
     """
-    changes = {"min_parties": 1, "fraction_train": 1.0, "strategy": StrategySettings()}
+    plain = {"strategy": StrategySettings(), "robust": RobustSettings(), "lora_rule": "FedIT"}
+    changes = {"min_parties": 1, "fraction_train": 1.0} | plain
     return Settings.model_validate(settings.model_dump() | changes)
 
 
@@ -425,6 +522,7 @@ SCENARIO = Scenario(
     server=Server,
     client=Client,
     alone=alone,
+    clashes=clashes,
     answer=answer,
     who_learns_what=(
         "The server sees each party's update (no secure aggregation yet), with SCAFFOLD also its control variate and "
