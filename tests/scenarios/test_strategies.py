@@ -48,6 +48,13 @@ CASES = {name: options_of(name) for name in DEFAULTS} | {
     "GeometricMedian": PLAN
     | {"federation.robust": {"name": "GeometricMedian", "num_malicious": 1}, "federation.min_parties": 3},
     "FLTrust": PLAN | {"federation.robust": {"name": "FLTrust", "root_party": "north"}},
+    "int8": PLAN | {"federation.codec": {"name": "int8", "error_feedback": True}},
+    "TopK": PLAN | {"federation.codec": {"name": "TopK", "density": 0.2}},
+    "RandomK": PLAN | {"federation.codec": {"name": "RandomK", "density": 0.5}},
+    "Grid, RoLoRA": PLAN | {"federation.codec": {"name": "Grid", "limit": 0.5}, "federation.lora_rule": "RoLoRA"},
+    "int4, Median": PLAN
+    | {"federation.lora_rule": "RoLoRA", "federation.robust": {"name": "Median", "num_malicious": 1}}
+    | {"federation.min_parties": 3, "federation.codec": {"name": "int4"}},
     "RoLoRA, SCAFFOLD": options_of("SCAFFOLD") | {"federation.lora_rule": "RoLoRA"},
 }
 
@@ -168,6 +175,8 @@ TRUST = {"federation.robust": {"name": "FLTrust", "root_party": "north"}}
         (FLEX | {"train.optimizer_state": "keep"}, "lora_rule", "adamw_torch remembers"),
         (FLEX | {"peft.use_dora": True}, "lora_rule", "DoRA"),
         (FLEX | TRUST, "lora_rule", "FlexLoRA and FLTrust"),
+        (FLEX | {"federation.codec": {"name": "TopK"}}, "lora_rule", "lost"),
+        (SGD | {"federation.strategy": {"name": "SCAFFOLD"}, "federation.codec": {"name": "int8"}}, "codec", "int8"),
         (KRUM, "min_parties", "5 answers to bear 1"),
         (KRUM | {"federation.min_parties": 3}, "min_parties", "E21"),
         (MEDIAN, "robust", "coordinates"),
@@ -232,7 +241,7 @@ def test_more_local_steps_drift_further(make_federation: Make) -> None:
     assert many[0] > few[0]
 
 
-@pytest.mark.parametrize("case", ["FedAvg", "SCAFFOLD", "FFA-LoRA", "RoLoRA"])
+@pytest.mark.parametrize("case", ["FedAvg", "SCAFFOLD", "FFA-LoRA", "RoLoRA", "TopK", "int4, Median"])
 def test_the_plan_foretells_the_bytes(case: str, make_federation: Make) -> None:
     federation = make_federation(job=CASES[case] | {"federation.num_rounds": 6})
     foretold = rehearse(federation.job(), validate(federation.job(), federation.parties()))
@@ -241,6 +250,16 @@ def test_the_plan_foretells_the_bytes(case: str, make_federation: Make) -> None:
     assert foretold.most_up["north"].per_round == pytest.approx(
         max(row["value"] for row in rows if row["name"] == "bytes_up" and row["party"] == "north"), rel=0.02
     )
+
+
+def test_what_a_codec_saves_is_told(make_federation: Make) -> None:
+    plain = make_federation("plain", job=PLAN | {"peft.r": 64}).run()
+    coded = make_federation("coded", job=CASES["int8"] | {"peft.r": 64}).run()
+    saved = sum(row["value"] for row in coded.rows() if row["name"] == "bytes_saved" and row["round"] == 3)
+    # The headers name each tensor twice as often; on an adapter this small that shows.
+    assert bytes_of(plain, "up") == pytest.approx(bytes_of(coded, "up") + saved, rel=0.1)
+    assert saved > 0
+    assert not any(row["name"] == "bytes_saved" for row in plain.rows())
 
 
 class OneNumber:

@@ -10,7 +10,7 @@ from fedllm.aggregate.total import GridSum
 from fedllm.errors import CODES, PayloadError
 from fedllm.runtime.base import HANDSHAKE, SERVER, Link, Timings, max_message_bytes
 from fedllm.runtime.freshness import EPOCH_BITS
-from fedllm.scenarios.base import Reply, Summand, Total
+from fedllm.scenarios.base import Decode, Reply, Summand, Total, as_it_is
 from fedllm.wire.frame import Frame, Parcel, check_manifest, decode, encode, pack, unpack
 from fedllm.wire.ledger import ByteLedger
 from fedllm.wire.payload import Envelope, Failure, Manifest, Payload
@@ -57,7 +57,9 @@ class LinkedFederation:
             tensors = {field: dict(getattr(payload, field)) for field in payload.tensor_fields()}
             yield Reply(party, payload.model_copy(update=tensors) if tensors else payload)
 
-    def total(self, request: Payload, *, round_: int, to: Sequence[str], manifest: Manifest) -> Total:
+    def total(
+        self, request: Payload, *, round_: int, to: Sequence[str], manifest: Manifest, decode: Decode = as_it_is
+    ) -> Total:
         """Return the weighted sum of the answers and who is in it, nothing else.
 
         One answer's tensors are read at a time, one by one, wherever they lie.
@@ -66,7 +68,7 @@ class LinkedFederation:
         for party, payload in self._asked(request, round_, to):
             started = time.perf_counter()
             try:
-                _fold(grid, party, payload, manifest)
+                _fold(grid, party, payload, manifest, decode)
                 inside.append(party)
             except PayloadError as error:
                 failures[party] = error.code
@@ -185,10 +187,10 @@ class LinkedFederation:
         self._max_bytes = max_message_bytes(manifest)
 
 
-def _fold(grid: GridSum, party: str, payload: Payload, manifest: Manifest) -> None:
+def _fold(grid: GridSum, party: str, payload: Payload, manifest: Manifest, decode: Decode) -> None:
     if isinstance(payload, Failure):
         raise PayloadError(payload.code, "the party failed", where=party)
     if not isinstance(payload, Summand):
         raise PayloadError("PAYLOAD_REFUSED", "the answer is not a summand", where=party)
     check_manifest(payload.tensors, manifest, sender=party)
-    grid.add(payload.tensors, weight=payload.weight, counts=payload.counts, sender=party)
+    grid.add(decode(payload.tensors), weight=payload.weight, counts=payload.counts, sender=party)

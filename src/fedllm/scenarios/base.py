@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from fedllm.data.settings import DataSettings
@@ -15,7 +16,7 @@ from fedllm.models.adapter import TunableModel
 from fedllm.models.settings import PeftSettings
 from fedllm.train.base import LocalTrainer
 from fedllm.train.settings import TrainSettings
-from fedllm.wire.frame import check_manifest
+from fedllm.wire.frame import check_finite, check_manifest
 from fedllm.wire.payload import Failure, Manifest, Payload, TensorMap, Tensors
 
 Row = dict[str, Any]
@@ -69,6 +70,19 @@ class Total:
     failures: dict[str, str]
 
 
+# What an answer's tensors are summed as.
+Decode = Callable[[Mapping[str, torch.Tensor]], Mapping[str, torch.Tensor]]
+
+
+def as_it_is(tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+    """Return the tensors: nothing was encoded.
+
+    Args:
+        tensors: An answer's.
+    """
+    return tensors
+
+
 class Federation(Protocol):
     """What a server half talks to: two calls carry every protocol."""
 
@@ -81,13 +95,24 @@ class Federation(Protocol):
         """Yield each party's answer as it arrives; a failure is a `Failure` payload."""
         ...
 
-    def total(self, request: Payload, *, round_: int, to: Sequence[str], manifest: Manifest) -> Total:
-        """Return the weighted sum of the answers (each a `Summand`) and who is in it, nothing else."""
+    def total(
+        self, request: Payload, *, round_: int, to: Sequence[str], manifest: Manifest, decode: Decode = as_it_is
+    ) -> Total:
+        """Return the weighted sum of the answers (each a `Summand`) and who is in it, nothing else.
+
+        `manifest` is what each answer holds as it travels; what is summed is what `decode` makes of it.
+        """
         ...
 
 
 def collect(
-    federation: Federation, request: Payload, *, round_: int, to: Sequence[str], manifest: Manifest
+    federation: Federation,
+    request: Payload,
+    *,
+    round_: int,
+    to: Sequence[str],
+    manifest: Manifest,
+    decode: Decode = as_it_is,
 ) -> tuple[Total, list[tuple[str, Summand]]]:
     """Return what `total` does but for the means, and each party's answer, in the order of `to`.
 
@@ -98,13 +123,14 @@ def collect(
         request: What is asked.
         round_: The round.
         to: Who is asked.
-        manifest: What each answer must hold.
+        manifest: What each answer holds as it travels.
+        decode: Makes what is handed back of it.
     """
     found: dict[str, Summand] = {}
     failures: dict[str, str] = {}
     for reply in federation.ask(request, round_=round_, to=to):
         try:
-            found[reply.party] = _summand(reply, manifest)
+            found[reply.party] = _summand(reply, manifest, decode)
         except PayloadError as error:
             failures[reply.party] = error.code
     answers = [(party, found[party]) for party in to if party in found]
@@ -116,13 +142,15 @@ def collect(
     return Total(tuple(party for party, _ in answers), {}, weight, counts, failures), answers
 
 
-def _summand(reply: Reply, manifest: Manifest) -> Summand:
+def _summand(reply: Reply, manifest: Manifest, decode: Decode) -> Summand:
     if isinstance(reply.payload, Failure):
         raise PayloadError(reply.payload.code, "the party failed", where=reply.party)
     if not isinstance(reply.payload, Summand):
         raise PayloadError("PAYLOAD_REFUSED", "the answer is not a summand", where=reply.party)
     check_manifest(reply.payload.tensors, manifest, sender=reply.party)
-    return reply.payload
+    tensors = dict(decode(reply.payload.tensors))
+    check_finite(tensors, sender=reply.party)
+    return reply.payload.model_copy(update={"tensors": tensors})
 
 
 @dataclass(frozen=True)

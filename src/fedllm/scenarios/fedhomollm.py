@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -30,6 +31,7 @@ from fedllm.evaluate.loss import LossSums, evaluate_examples
 from fedllm.models.settings import PeftSettings
 from fedllm.scenarios.base import (
     ClientContext,
+    Decode,
     Federation,
     RoundResult,
     Row,
@@ -38,6 +40,7 @@ from fedllm.scenarios.base import (
     State,
     Summand,
     Total,
+    as_it_is,
     collect,
 )
 from fedllm.seeds import stream
@@ -45,6 +48,7 @@ from fedllm.train.base import TrainTask
 from fedllm.train.corrections import Correction, control_variate, decoupled_proximal, next_control, proximal
 from fedllm.train.optimizer import learning_rates, load_optimizer_tensors, make_optimizer, optimizer_tensors
 from fedllm.train.settings import TrainSettings
+from fedllm.wire.codecs import Codec, CodecSettings
 from fedllm.wire.frame import check_manifest
 from fedllm.wire.payload import Manifest, Payload, TensorMap, Tensors, TensorSpec, manifest_of
 
@@ -61,6 +65,7 @@ class Settings(ScenarioSettings):
         "(FlexLoRA).",
     )
     robust: RobustSettings = Field(RobustSettings(), description="What bears dishonest parties.")
+    codec: CodecSettings = Field(CodecSettings(), description="How updates are encoded on their way up.")
     drift_meter: bool = Field(
         True, description="Measure how far the mean of LoRA's factors is from the mean of their products (FedIT)."
     )
@@ -88,7 +93,7 @@ class Train(Payload):
 
     commits: ClassVar[bool] = True
     adapter: TensorMap
-    # SCAFFOLD: the server's control variate, and the round in which each party's answer was last counted.
+    # SCAFFOLD: the server's control variate. Also with error feedback: when each party's answer was last counted.
     control: TensorMap = Field(default_factory=dict)
     counted: dict[str, int] = Field(default_factory=dict)
 
@@ -125,13 +130,15 @@ class Server:
         cohort = self._cohort(federation.parties, number)
         counted = state.fields.get("counted", {})
         request = Train(adapter=_sent(settings, adapter), control=control, counted=counted)
-        expected = answer(settings, manifest_of(adapter), number)
+        manifest = manifest_of(adapter)
+        # What travels, and what becomes of it here.
+        expected, decode = answer(settings, manifest, number), _decoder(settings, manifest, number, self._seed)
         if _needs_each(settings):
-            total, answers = collect(federation, request, round_=number, to=cohort, manifest=expected)
+            total, answers = collect(federation, request, round_=number, to=cohort, manifest=expected, decode=decode)
             self._check_quorum(total, number)
             total = replace(total, means=_combined(settings, adapter, answers))
         else:
-            total = federation.total(request, round_=number, to=cohort, manifest=expected)
+            total = federation.total(request, round_=number, to=cohort, manifest=expected, decode=decode)
             self._check_quorum(total, number)
         update, control_update = _select("update", total.means), _select("control", total.means)
         share = len(total.parties) / len(federation.parties)
@@ -140,12 +147,15 @@ class Server:
         }
         moved, memory = server_step(adapter, _select("server", state.tensors), update, settings=settings.strategy)
         rows = _train_rows(number, replace(total, means=update))
+        if saved := _saved_bytes(settings, manifest, number):
+            rows += [row for party in total.parties for row in rows_of(number, party, None, {"bytes_saved": saved})]
         if met := _select("drift", total.means):
             mean = {name: tensor + update[name] for name, tensor in adapter.items()}
             value = drift(met, adapter, mean, seed=self._seed, number=number)
             rows += rows_of(number, None, None, {"lora_drift": value})
         tensors = _prefixed("adapter", moved) | _prefixed("server", memory) | _prefixed("control", control)
-        fields = state.fields | ({"counted": counted | dict.fromkeys(total.parties, number)} if control else {})
+        keeps = settings.strategy.name == "SCAFFOLD" or settings.codec.error_feedback
+        fields = state.fields | ({"counted": counted | dict.fromkeys(total.parties, number)} if keeps else {})
         new = State(number, tensors | _best_so_far(state), fields)
         return self._evaluated(federation, new, rows=rows, failures=total.failures)
 
@@ -234,6 +244,9 @@ def clashes(
     if strategy.name == "SCAFFOLD" and _needs_each(settings):
         what = "SCAFFOLD's control variates are means, which the rule that looks at each update does not make"
         yield "federation.strategy", what, "set another `strategy`, or leave `robust` and FlexLoRA out"
+    if strategy.name == "SCAFFOLD" and settings.codec.name != "fp32":
+        what = f"control variates must arrive whole, not as {settings.codec.name}, or their mean is not the server's"
+        yield "federation.codec", what, "set `codec: {name: fp32}`, or another `strategy`"
     if settings.lora_rule == "FlexLoRA":
         yield from _clashes_of_flexlora(settings, train, peft)
     yield from _clashes_of_robust(settings, parties)
@@ -256,6 +269,9 @@ def _clashes_of_flexlora(
     if settings.robust.name != "none":
         what = f"FlexLoRA and {settings.robust.name} would both take the mean's place"
         yield key, what, "set another `lora_rule`, or leave `robust` out"
+    if settings.codec.error_feedback:
+        what = f"{new}, so what a codec lost of the last update does not fit"
+        yield key, what, "set `codec.error_feedback: false`"
     if peft.use_dora:
         yield key, "with DoRA the model is not linear in the product that FlexLoRA keeps", "set `use_dora: false`"
 
@@ -286,21 +302,42 @@ def _meets_drift(settings: Settings) -> bool:
     return settings.drift_meter and settings.lora_rule == "FedIT" and not _needs_each(settings)
 
 
+def _coded(settings: Settings, adapter: Manifest, number: int) -> Manifest:
+    """Return what of a party's answer is encoded."""
+    moved = moving(settings.lora_rule, adapter, number)
+    fields = ("update", "control") if settings.strategy.name == "SCAFFOLD" else ("update",)
+    return {f"{field}/{name}": adapter[name] for field in fields for name in moved}
+
+
+def _drift_vectors(settings: Settings, adapter: Manifest) -> Manifest:
+    if not _meets_drift(settings):
+        return {}
+    rows = {site: adapter[left].shape[0] for site, (left, _) in sites(adapter).items()}
+    return {f"drift/{site}": TensorSpec(dtype="float32", shape=[count]) for site, count in rows.items()}
+
+
 def answer(settings: Settings, adapter: Manifest, number: int) -> Manifest:
-    """Return what a party's answer to `Train` holds.
+    """Return what a party's answer to `Train` holds, as it travels.
 
     Args:
         settings: The scenario's.
         adapter: The tensors that are tuned.
         number: The round.
     """
-    moved = moving(settings.lora_rule, adapter, number)
-    fields = ("update", "control") if settings.strategy.name == "SCAFFOLD" else ("update",)
-    found = {f"{field}/{name}": adapter[name] for field in fields for name in moved}
-    if _meets_drift(settings):
-        rows = {site: adapter[left].shape[0] for site, (left, _) in sites(adapter).items()}
-        found |= {f"drift/{site}": TensorSpec(dtype="float32", shape=[count]) for site, count in rows.items()}
-    return found
+    coded = Codec(settings.codec).manifest(_coded(settings, adapter, number))
+    return coded | _drift_vectors(settings, adapter)
+
+
+def _saved_bytes(settings: Settings, adapter: Manifest, number: int) -> int:
+    """Return how many bytes fewer an answer takes than without a codec."""
+    raw = _coded(settings, adapter, number)
+    coded = Codec(settings.codec).manifest(raw)
+    return sum(spec.num_bytes for spec in raw.values()) - sum(spec.num_bytes for spec in coded.values())
+
+
+def _decoder(settings: Settings, adapter: Manifest, number: int, seed: int) -> Decode:
+    codec, whole = Codec(settings.codec), _coded(settings, adapter, number) | _drift_vectors(settings, adapter)
+    return as_it_is if codec.is_plain else partial(codec.decode, manifest=whole, seed=seed, number=number)
 
 
 def _evaluate(federation: Federation, adapter: Tensors, split: Split, number: int, to: tuple[str, ...]) -> Total:
@@ -370,9 +407,11 @@ class Client:
         # What no message brings, since it never moves.
         first = context.model.initial(context.seed) if len(sent) < len(context.model.manifest) else {}
         self._fixed = {name: tensor for name, tensor in first.items() if name not in sent}
-        # SCAFFOLD's control variate, and the one before the last round trained in.
+        # SCAFFOLD's control variate and what a codec lost, and both as they were before the last round trained in.
         self._control: Tensors = {}
         self._control_before: Tensors = {}
+        self._lost: Tensors = {}
+        self._lost_before: Tensors = {}
         self._steps = settings.local_steps or math.ceil(
             (settings.local_epochs or 0) * self._order.steps_per_epoch / settings.gradient_accumulation_steps
         )
@@ -390,10 +429,11 @@ class Client:
         raise PayloadError("PAYLOAD_REFUSED", f"{type(request).__name__} is no request", where=self._c.party)
 
     def state(self) -> State:
-        """Return the local optimiser's state, if it lives on from round to round, and SCAFFOLD's control variates."""
+        """Return the optimiser's state, if it lives on from round to round, control variates, and what codecs lost."""
         keep = self._c.train_settings.optimizer_state == "keep"
         tensors = _prefixed("optimizer", optimizer_tensors(self._optimizer)) if keep else {}
         tensors |= _prefixed("control", self._control) | _prefixed("control_before", self._control_before)
+        tensors |= _prefixed("lost", self._lost) | _prefixed("lost_before", self._lost_before)
         return State(self._round, tensors)
 
     def restore(self, state: State) -> None:
@@ -401,11 +441,13 @@ class Client:
         load_optimizer_tensors(self._optimizer, _select("optimizer", state.tensors))
         self._control = _select("control", state.tensors)
         self._control_before = _select("control_before", state.tensors)
+        self._lost, self._lost_before = _select("lost", state.tensors), _select("lost_before", state.tensors)
         self._round = state.round
 
     def _train(self, request: Train, number: int, deadline: float) -> Summand:
         c, settings = self._c, self._c.train_settings
         start = self._written(request.adapter)
+        self._settle(request)
         if settings.optimizer_state == "reset":
             self._optimizer = make_optimizer(c.model.trainable, settings)
         moved = moving(self._rule, c.model.manifest, number)
@@ -420,9 +462,26 @@ class Client:
         mean = {"loss_nats": sums.loss_nats / max(sums.tokens, 1), "learning_rate": last_rate}
         c.log(number, "train", counts | mean)
         tensors = _prefixed("update", update) | _prefixed("control", self._control_update(request, update, number))
+        tensors = self._encoded(tensors, number)
         if _meets_drift(c.settings):
             tensors |= _prefixed("drift", sketch(end, seed=c.seed, number=number))
         return Summand(weight=self._weight(), counts=counts, tensors=tensors)
+
+    def _settle(self, request: Train) -> None:
+        """Go back to what was kept before the last round trained in, if the answer to that was not counted."""
+        if request.counted.get(self._c.party, 0) != self._round:
+            self._control, self._lost = self._control_before, self._lost_before
+
+    def _encoded(self, tensors: Tensors, number: int) -> Tensors:
+        """Return what travels. With error feedback, what was lost before is added, and what is lost now is kept."""
+        c, codec = self._c, Codec(self._c.settings.codec)
+        whole = {name: tensor + self._lost[name] if name in self._lost else tensor for name, tensor in tensors.items()}
+        coded = codec.encode(whole, seed=c.seed, party=c.party, number=number)
+        if codec.settings.error_feedback:
+            arrived = codec.decode(coded, manifest_of(whole), seed=c.seed, number=number)
+            self._lost_before = self._lost
+            self._lost = self._lost | {name: tensor - arrived[name] for name, tensor in whole.items()}
+        return coded
 
     def _written(self, adapter: TensorMap) -> TensorMap:
         """Return the global state, all of it, after the model has taken it over."""
@@ -436,8 +495,6 @@ class Client:
         if strategy.name == "SCAFFOLD":
             check_manifest(request.control, c.model.manifest, sender="server")
             zeros = {name: spec.zeros() for name, spec in c.model.manifest.items()}
-            if request.counted.get(c.party, 0) != self._round:
-                self._control = self._control_before
             self._control = self._control or zeros
             return [control_variate(c.model.trainable, self._control, request.control)]
         if not strategy.proximal_mu:
@@ -510,7 +567,7 @@ def alone(settings: ScenarioSettings) -> Settings:
     Args:
         settings: The federation's.
     """
-    plain = {"strategy": StrategySettings(), "robust": RobustSettings(), "lora_rule": "FedIT"}
+    plain = {"strategy": StrategySettings(), "robust": RobustSettings(), "codec": CodecSettings(), "lora_rule": "FedIT"}
     changes = {"min_parties": 1, "fraction_train": 1.0} | plain
     return Settings.model_validate(settings.model_dump() | changes)
 
