@@ -16,8 +16,8 @@ from common import machine, make_job, random_base, write_parties
 
 from fedllm.data.batches import BatchOrder, collate
 from fedllm.runs.folder import RunFolder
-from fedllm.runtime.local import InProcessLink
-from fedllm.runtime.run import drive, local_hosts
+from fedllm.runtime.local import InProcessLink, local_hosts
+from fedllm.runtime.run import drive
 from fedllm.runtime.site import Site, open_site, party_tokens
 from fedllm.scenarios.base import TokenData
 from fedllm.train.optimizer import make_optimizer

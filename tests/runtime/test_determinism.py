@@ -15,8 +15,8 @@ from tiny import TinyFederation
 
 from fedllm.runs.folder import RunFolder
 from fedllm.runs.plan_files import write_plan
-from fedllm.runtime.local import InProcessLink
-from fedllm.runtime.run import RunResult, carry_out, local_hosts
+from fedllm.runtime.local import InProcessLink, local_hosts
+from fedllm.runtime.run import RunResult, carry_out
 from fedllm.runtime.site import open_site, party_tokens
 
 Make = Callable[..., TinyFederation]

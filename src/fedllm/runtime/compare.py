@@ -16,8 +16,8 @@ from fedllm.runs.folder import RunFolder, run_identity
 from fedllm.runs.jsonl import write_json
 from fedllm.runs.plan_files import write_plan
 from fedllm.runtime.judge import TestSet, final_tensors, judge, test_set
-from fedllm.runtime.local import InProcessLink
-from fedllm.runtime.run import RunResult, Watch, carry_out, concluding, local_hosts, read_result, write_pages
+from fedllm.runtime.local import InProcessLink, local_hosts
+from fedllm.runtime.run import RunResult, Watch, carry_out, concluding, read_result, write_pages
 from fedllm.runtime.site import Site, common_examples, open_site, party_tokens
 from fedllm.scenarios.base import TokenData
 
@@ -92,7 +92,7 @@ class _Bench:
             if not (folder / "job.yaml").exists():
                 write_plan(run, job, self.parties)
             with concluding(run):
-                hosts = local_hosts(replace(self.site, job=job), data, run, watch=self.watch)
+                hosts = local_hosts(replace(self.site, job=job), data, run, on_step=self.watch.on_step)
                 return carry_out(run, job, self.parties, InProcessLink(hosts), watch=self.watch)
         finally:
             run.close()

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 
+from fedllm.runs.folder import RunFolder
 from fedllm.runtime.base import Link, Wanted
 from fedllm.runtime.host import PartyHost
+from fedllm.runtime.party_data import check_data_unchanged
+from fedllm.runtime.site import Site, open_host
+from fedllm.scenarios.base import TokenData
+from fedllm.train.base import LocalTrainer
+from fedllm.train.supervised import SupervisedTrainer
 from fedllm.wire.frame import Parcel
 
 
@@ -37,3 +44,30 @@ class InProcessLink(Link):
 
     def close(self) -> None:
         """Nothing is held."""
+
+
+def local_hosts(
+    site: Site,
+    data: Mapping[str, TokenData],
+    run: RunFolder,
+    *,
+    trainer: LocalTrainer | None = None,
+    on_step: Callable[[str, int, int], None] = lambda party, step, num_steps: None,
+) -> dict[str, PartyHost]:
+    """Return the hosts of parties in this process, by name.
+
+    Args:
+        site: What the process shares.
+        data: Each party's tokens.
+        run: The run folder.
+        trainer: The local trainer; supervised by default.
+        on_step: Called after each step of a party's training.
+    """
+    trainer = trainer or SupervisedTrainer()
+    for party, tokens in data.items():
+        run.hold_party(party)
+        check_data_unchanged(run, party, tokens)
+    return {
+        party: open_host(site, party, data[party], run=run, trainer=trainer, on_step=partial(on_step, party))
+        for party in data
+    }

@@ -21,8 +21,7 @@ from fedllm.models.adapter import TunableModel
 from fedllm.runs.folder import RunFolder
 from fedllm.runtime.driver import Driver
 from fedllm.runtime.federation import LinkedFederation
-from fedllm.runtime.local import InProcessLink
-from fedllm.runtime.run import local_hosts
+from fedllm.runtime.local import InProcessLink, local_hosts
 from fedllm.runtime.site import Site, open_site, party_tokens
 from fedllm.runtime.validate import Facts
 from fedllm.scenarios.base import TokenData

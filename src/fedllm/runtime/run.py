@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from fedllm.disk import disk_error, write_atomic
@@ -27,14 +26,12 @@ from fedllm.runtime.base import Link, Ready
 from fedllm.runtime.driver import Driver, Outcome
 from fedllm.runtime.federation import LinkedFederation
 from fedllm.runtime.guard import Auditor
-from fedllm.runtime.host import PartyHost
-from fedllm.runtime.local import InProcessLink
-from fedllm.runtime.party_data import check_data_unchanged, party_facts
-from fedllm.runtime.site import Site, base_folder, open_host, open_site, party_tokens
+from fedllm.runtime.local import InProcessLink, local_hosts
+from fedllm.runtime.party_data import party_facts
+from fedllm.runtime.site import Site, base_folder, open_site, party_tokens
 from fedllm.runtime.validate import upload_limits, validate
 from fedllm.scenarios.base import ServerHalf, TokenData
 from fedllm.train.base import LocalTrainer
-from fedllm.train.supervised import SupervisedTrainer
 from fedllm.wire.payload import Tensors
 
 
@@ -178,7 +175,7 @@ def _run(
         from fedllm.runtime.workers import WorkerLink
 
         return carry_out(run, job, parties, WorkerLink(parties, run, num_workers=num_workers), watch=watch)
-    hosts = local_hosts(loaded.site, loaded.data, run, trainer=loaded.trainer, watch=watch)
+    hosts = local_hosts(loaded.site, loaded.data, run, trainer=loaded.trainer, on_step=(watch or Watch()).on_step)
     return carry_out(run, job, parties, InProcessLink(hosts), watch=watch)
 
 
@@ -206,33 +203,6 @@ def carry_out(
     finally:
         link.close()
     return finish(run, job, parties, outcome)
-
-
-def local_hosts(
-    site: Site,
-    data: Mapping[str, TokenData],
-    run: RunFolder,
-    *,
-    trainer: LocalTrainer | None = None,
-    watch: Watch | None = None,
-) -> dict[str, PartyHost]:
-    """Return the hosts of parties in this process, by name.
-
-    Args:
-        site: What the process shares.
-        data: Each party's tokens.
-        run: The run folder.
-        trainer: The local trainer; supervised by default.
-        watch: Callbacks for a live view.
-    """
-    trainer, on_step = trainer or SupervisedTrainer(), (watch or Watch()).on_step
-    for party, tokens in data.items():
-        run.hold_party(party)
-        check_data_unchanged(run, party, tokens)
-    return {
-        party: open_host(site, party, data[party], run=run, trainer=trainer, on_step=partial(on_step, party))
-        for party in data
-    }
 
 
 def drive(

@@ -164,7 +164,7 @@ def serve(connection: Connection) -> None:
     """
     from fedllm.runs.folder import attach
     from fedllm.runs.plan_files import read_plan
-    from fedllm.runtime.run import local_hosts
+    from fedllm.runtime.local import local_hosts
     from fedllm.runtime.site import open_site, party_tokens
 
     order = json.loads(connection.recv_bytes())

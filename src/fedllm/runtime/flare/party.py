@@ -27,7 +27,7 @@ from fedllm.runtime.flare.seal import seal_of
 from fedllm.runtime.freshness import Freshness
 from fedllm.runtime.guard import Guard
 from fedllm.runtime.host import PartyHost
-from fedllm.runtime.run import Watch, local_hosts
+from fedllm.runtime.local import local_hosts
 from fedllm.runtime.site import open_site, party_tokens
 from fedllm.runtime.validate import upload_limits
 from fedllm.wire.blob import Blob, in_place
@@ -126,9 +126,12 @@ def _opened(kit: Kit, seal: Seal, asked: dict[str, Any], run_id: str, desk: Desk
     loaded = open_site(job, [located])
     if refused := upload_limits(job, [located], loaded.model):
         raise refused[0]
-    watch = Watch(on_step=lambda _, step, of: desk.say("training", step, of))
+
+    def on_step(_: str, step: int, num_steps: int) -> None:
+        desk.say("training", step, num_steps)
+
     try:
-        host = local_hosts(loaded, {kit.name: party_tokens(loaded, located)}, run, watch=watch)[kit.name]
+        host = local_hosts(loaded, {kit.name: party_tokens(loaded, located)}, run, on_step=on_step)[kit.name]
         own = run.path / "parties" / kit.name
         spool, fresh = Spool(own / "spool"), Freshness(own / "epoch.json")
         log = AuditLog.open(site / AUDIT_FILE, actor=kit.name)
