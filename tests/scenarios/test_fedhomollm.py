@@ -11,7 +11,7 @@ from tiny import TinyFederation
 
 from fedllm.errors import FedllmError, RunFailed, RunPaused
 from fedllm.runs.jsonl import Row
-from fedllm.scenarios.base import Reply, State, Total
+from fedllm.scenarios.base import Decode, Reply, State, Total, as_it_is
 from fedllm.scenarios.fedhomollm import SCENARIO, Evaluate, Initial, SendInitial, Server, Settings, Train
 from fedllm.train.base import TrainSums, TrainTask
 from fedllm.train.supervised import SupervisedTrainer
@@ -37,7 +37,9 @@ class ScriptedFederation:
             failed = self.failing.get(party)
             yield Reply(party, Failure(code=failed) if failed else Initial(adapter=ADAPTER))
 
-    def total(self, request: Payload, *, round_: int, to: Sequence[str], manifest: Manifest) -> Total:
+    def total(
+        self, request: Payload, *, round_: int, to: Sequence[str], manifest: Manifest, decode: Decode = as_it_is
+    ) -> Total:
         name = type(request).__name__ + (f" {request.split}" if isinstance(request, Evaluate) else "")
         self.asked.append((name, round_, tuple(to)))
         failures = {party: self.failing[party] for party in to if party in self.failing}
@@ -190,7 +192,9 @@ def test_missing_counts_are_null_and_do_not_stop_the_server() -> None:
     class Forgetful(ScriptedFederation):
         """Parties that count nothing."""
 
-        def total(self, request: Payload, *, round_: int, to: Sequence[str], manifest: Manifest) -> Total:
+        def total(
+            self, request: Payload, *, round_: int, to: Sequence[str], manifest: Manifest, decode: Decode = as_it_is
+        ) -> Total:
             total = super().total(request, round_=round_, to=to, manifest=manifest)
             return Total(total.parties, total.means, total.weight, {}, {})
 
