@@ -102,7 +102,8 @@ def test_the_meter_says_what_the_dense_matrices_say() -> None:
         found = []
         for number in range(1, 31):
             sketches = weighted([sketch(party, seed=1, number=number) for party in parties], weights)
-            value = drift(sketches, before, mean, seed=1, number=number)
+            update = {name: mean[name] - before[name] for name in before}
+            value = drift(sketches, before, update, seed=1, number=number)
             assert value == pytest.approx(truth, rel=0.5)
             found.append(value)
         assert sum(found) / len(found) == pytest.approx(truth, rel=0.07)
@@ -112,7 +113,8 @@ def test_the_meter_sees_no_bias_where_one_factor_is_fixed() -> None:
     parties, weights, mean = after_a_round("RoLoRA", 1)
     before = {name: parties[0][name] * 0.5 for name in mean}
     sketches = weighted([sketch(party, seed=1, number=1) for party in parties], weights)
-    value = drift(sketches, before, mean, seed=1, number=1)
+    update = {name: mean[name] - before[name] for name in before}
+    value = drift(sketches, before, update, seed=1, number=1)
     assert value is not None
     assert value < 1e-6
 
@@ -126,7 +128,8 @@ def test_all_parties_draw_the_same_probe_and_each_round_another() -> None:
 
 def test_where_nothing_changed_there_is_nothing_to_say() -> None:
     adapter = random_adapter(torch.Generator().manual_seed(1))
-    assert drift(sketch(adapter, seed=1, number=1), adapter, adapter, seed=1, number=1) is None
+    nothing = {name: torch.zeros_like(tensor) for name, tensor in adapter.items()}
+    assert drift(sketch(adapter, seed=1, number=1), adapter, nothing, seed=1, number=1) is None
 
 
 def ideal_product(before: Tensors, updates: list[Tensors], shares: list[float]) -> dict[str, torch.Tensor]:

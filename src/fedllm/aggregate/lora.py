@@ -12,6 +12,7 @@ import torch
 from fedllm.seeds import stream
 
 Tensors = dict[str, torch.Tensor]
+_ROUNDING = 1e-6
 LoraRule = Literal["FedIT", "FFA-LoRA", "RoLoRA", "FlexLoRA"]
 
 # The factor that is drawn at random at the start, and the one that starts at zero. On embeddings they swap names.
@@ -70,19 +71,24 @@ def sketch(tensors: Mapping[str, torch.Tensor], *, seed: int, number: int) -> Te
         seed: The job's seed.
         number: The round.
     """
-    sketches = {}
-    for site, (left, right) in sites(tensors).items():
-        drawn = stream(seed, "drift", number, site).standard_normal(tensors[right].shape[1])
-        probe = torch.from_numpy(drawn).to(torch.float64)
-        product = tensors[left].double() @ (tensors[right].double() @ probe)
-        sketches[site] = product.float()
-    return sketches
+    return {
+        site: _projected(tensors[left], tensors[right], _probe(site, tensors[right], seed, number)).float()
+        for site, (left, right) in sites(tensors).items()
+    }
+
+
+def _probe(site: str, right: torch.Tensor, seed: int, number: int) -> torch.Tensor:
+    return torch.from_numpy(stream(seed, "drift", number, site).standard_normal(right.shape[1]))
+
+
+def _projected(left: torch.Tensor, right: torch.Tensor, probe: torch.Tensor) -> torch.Tensor:
+    return left.double() @ (right.double() @ probe)
 
 
 def drift(
     mean_sketch: Mapping[str, torch.Tensor],
     before: Mapping[str, torch.Tensor],
-    mean: Mapping[str, torch.Tensor],
+    update: Mapping[str, torch.Tensor],
     *,
     seed: int,
     number: int,
@@ -90,19 +96,27 @@ def drift(
     """Return the bias of the mean of factors, as a share of the round's change; None if nothing changed.
 
     That is |sum p_i B_i A_i - B A| / |sum p_i B_i A_i - B' A'| in the Frobenius norm, with the parties' mean (A, B) and
-    the last round's (A', B'), estimated with one Gaussian vector for each site: E |M w|^2 = |M|_F^2.
+    the last round's (A', B'), estimated with one Gaussian vector for each site: E |M w|^2 = |M|_F^2. One site is looked
+    at at a time.
 
     Args:
         mean_sketch: Weighted mean of the parties' `sketch`.
         before: The global state that the parties started from.
-        mean: The mean of what they came to.
+        update: The mean of their updates.
         seed: The job's seed.
         number: The round.
     """
-    was, now = (sketch(tensors, seed=seed, number=number) for tensors in (before, mean))
-    bias = sum(float((mean_sketch[site] - now[site]).double().square().sum()) for site in mean_sketch)
-    change = sum(float((mean_sketch[site] - was[site]).double().square().sum()) for site in mean_sketch)
-    return math.sqrt(bias / change) if change else None
+    bias = change = size = 0.0
+    for site, (left, right) in sites(before).items():
+        probe = _probe(site, before[right], seed, number)
+        was = _projected(before[left], before[right], probe)
+        now = _projected(before[left] + update[left], before[right] + update[right], probe)
+        met = mean_sketch[site].double()
+        bias += float((met - now).square().sum())
+        change += float((met - was).square().sum())
+        size += float(met.square().sum())
+    # Below that the difference is the rounding of what travelled.
+    return math.sqrt(bias / change) if change > _ROUNDING**2 * size else None
 
 
 def factors_of(

@@ -5,10 +5,13 @@ arXiv:1602.05629, algorithm 1, on PEFT parameters. Differs: the weighted sum is 
 so that its bits do not depend on the order of arrival; FedAvgM (Hsu et al. 2019) is offered beside FedAvg.
 
 A round: Train -> sum of updates -> server optimiser -> Evaluate -> sum of losses. Each sum is a `total`, so the
-server half never needs a single party's update. The strategies (`fedllm.aggregate.server`) and the rules for LoRA's
-factors (`fedllm.aggregate.lora`) are settings of this conversation. SCAFFOLD (Karimireddy et al. 2020,
-arXiv:1910.06378, algorithm 1, option II) differs in two things: its means are weighted as `weight_by` says, and a
-party whose answer was not counted goes back to the control variate before it, so that c stays the mean of the c_i.
+server half needs no single party's update, but for FlexLoRA and the robust rules, which `ask`. The strategies
+(`fedllm.aggregate.server`), the rules for LoRA's factors (`fedllm.aggregate.lora`), the robust rules
+(`fedllm.aggregate.robust`) and the codecs (`fedllm.wire.codecs`) are settings of this conversation.
+
+SCAFFOLD (Karimireddy et al. 2020, arXiv:1910.06378, algorithm 1, option II) differs in two things: its means are
+weighted as `weight_by` says, and a party whose answer was not counted goes back to the control variate before it, so
+that c stays the mean of the c_i.
 """
 
 from __future__ import annotations
@@ -142,17 +145,14 @@ class Server:
             self._check_quorum(total, number)
         update, control_update = _select("update", total.means), _select("control", total.means)
         share = len(total.parties) / len(federation.parties)
-        control = {
-            name: c + share * control_update[name] if name in control_update else c for name, c in control.items()
-        }
-        moved, memory = server_step(adapter, _select("server", state.tensors), update, settings=settings.strategy)
+        control = control | {name: control[name] + share * change for name, change in control_update.items()}
         rows = _train_rows(number, replace(total, means=update))
         if saved := _saved_bytes(settings, manifest, number):
             rows += [row for party in total.parties for row in rows_of(number, party, None, {"bytes_saved": saved})]
         if met := _select("drift", total.means):
-            mean = {name: tensor + update[name] for name, tensor in adapter.items()}
-            value = drift(met, adapter, mean, seed=self._seed, number=number)
+            value = drift(met, adapter, update, seed=self._seed, number=number)
             rows += rows_of(number, None, None, {"lora_drift": value})
+        moved, memory = server_step(adapter, _select("server", state.tensors), update, settings=settings.strategy)
         tensors = _prefixed("adapter", moved) | _prefixed("server", memory) | _prefixed("control", control)
         keeps = settings.strategy.name == "SCAFFOLD" or settings.codec.error_feedback
         fields = state.fields | ({"counted": counted | dict.fromkeys(total.parties, number)} if keeps else {})
@@ -281,12 +281,7 @@ def _clashes_of_robust(settings: Settings, parties: Sequence[str]) -> Iterator[t
     if settings.min_parties < least:
         bears = f" to bear {robust.num_malicious} of them" if robust.num_malicious else ""
         what = f"{robust.name} needs {least} answers{bears}, and min_parties is {settings.min_parties} (E21)"
-        fix = f"set `min_parties` to {least} or more, with as many parties"
-        yield (
-            "federation.min_parties",
-            what,
-            fix if robust.num_malicious in (None, 1) else f"{fix}; or lower num_malicious",
-        )
+        yield "federation.min_parties", what, f"set `min_parties` to {least} or more, or lower num_malicious"
     if robust.root_party is not None and robust.root_party not in parties:
         yield "federation.robust", f"the root party {robust.root_party!r} is no party of the job", "name one of them"
     if robust.root_party is not None and settings.fraction_train < 1:
