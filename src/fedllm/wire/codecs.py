@@ -30,7 +30,7 @@ _MARK = "#"
 
 
 class CodecSettings(BaseModel):
-    """How updates are encoded on their way up."""
+    """In which form updates travel, and what becomes of what is lost."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
