@@ -42,8 +42,9 @@ CODECS: dict[str, tuple[dict[str, Any], float]] = {
     "int8": ({"name": "int8"}, 1 + 2 / 64),
     "int4, error feedback": ({"name": "int4", "error_feedback": True}, 1 / 2 + 2 / 64),
     "int4": ({"name": "int4"}, 1 / 2 + 2 / 64),
+    "TopK 10 %, error feedback": ({"name": "TopK", "density": 0.1, "error_feedback": True}, 0.4 + 1 / 8),
     "TopK 10 %": ({"name": "TopK", "density": 0.1}, 0.4 + 1 / 8),
-    "RandomK 10 %": ({"name": "RandomK", "density": 0.1, "error_feedback": True}, 0.4),
+    "RandomK 10 %, error feedback": ({"name": "RandomK", "density": 0.1, "error_feedback": True}, 0.4),
     "Grid 16 bits": ({"name": "Grid", "limit": 0.25, "bits": 16}, 2),
 }
 OPTIONS = [

@@ -49,7 +49,7 @@ CASES = {name: options_of(name) for name in DEFAULTS} | {
     | {"federation.robust": {"name": "GeometricMedian", "num_malicious": 1}, "federation.min_parties": 3},
     "FLTrust": PLAN | {"federation.robust": {"name": "FLTrust", "root_party": "north"}},
     "int8": PLAN | {"federation.codec": {"name": "int8", "error_feedback": True}},
-    "TopK": PLAN | {"federation.codec": {"name": "TopK", "density": 0.2}},
+    "TopK": PLAN | {"federation.codec": {"name": "TopK", "density": 0.2, "error_feedback": True}},
     "RandomK": PLAN | {"federation.codec": {"name": "RandomK", "density": 0.5}},
     "Grid, RoLoRA": PLAN | {"federation.codec": {"name": "Grid", "limit": 0.5}, "federation.lora_rule": "RoLoRA"},
     "int4, Median": PLAN
@@ -175,7 +175,7 @@ TRUST = {"federation.robust": {"name": "FLTrust", "root_party": "north"}}
         (FLEX | {"train.optimizer_state": "keep"}, "lora_rule", "adamw_torch remembers"),
         (FLEX | {"peft.use_dora": True}, "lora_rule", "DoRA"),
         (FLEX | TRUST, "lora_rule", "FlexLoRA and FLTrust"),
-        (FLEX | {"federation.codec": {"name": "TopK"}}, "lora_rule", "lost"),
+        (FLEX | {"federation.codec": {"name": "int8", "error_feedback": True}}, "lora_rule", "lost"),
         (SGD | {"federation.strategy": {"name": "SCAFFOLD"}, "federation.codec": {"name": "int8"}}, "codec", "int8"),
         (KRUM, "min_parties", "5 answers to bear 1"),
         (KRUM | {"federation.min_parties": 3}, "min_parties", "E21"),

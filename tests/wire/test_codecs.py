@@ -141,7 +141,9 @@ def test_values_on_the_grid_add_up_and_those_beyond_its_limit_are_cut_off() -> N
 
 
 @pytest.mark.parametrize(
-    "values", [{"name": "int4", "error_feedback": True}, {"name": "TopK", "density": 0.1}], ids=str
+    "values",
+    [{"name": "int4", "error_feedback": True}, {"name": "TopK", "density": 0.1, "error_feedback": True}],
+    ids=str,
 )
 def test_error_feedback_sends_everything_in_the_end(values: dict[str, Any]) -> None:
     one = codec(**values)

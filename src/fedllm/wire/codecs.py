@@ -20,7 +20,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "bf16": {"error_feedback": False},
     "int8": {"block_size": 64, "error_feedback": False},
     "int4": {"block_size": 64, "error_feedback": False},
-    "TopK": {"density": 0.1, "error_feedback": True},
+    "TopK": {"density": 0.1, "error_feedback": False},
     "RandomK": {"density": 0.1, "error_feedback": False},
     "Grid": {"bits": 16, "error_feedback": False},
 }
@@ -39,9 +39,7 @@ class CodecSettings(BaseModel):
     density: float | None = Field(None, gt=0, le=1, description="TopK, RandomK: share of the values that is sent, 0.1.")
     bits: int | None = Field(None, ge=4, le=24, description="Grid: bits of a value, 16.")
     limit: float | None = Field(None, gt=0, description="Grid: the largest magnitude; what is beyond is cut off.")
-    error_feedback: bool | None = Field(
-        None, description="Whether a party adds what was lost to its next update: no; with TopK yes."
-    )
+    error_feedback: bool | None = Field(None, description="Whether a party adds what was lost to its next update: no.")
 
     @model_validator(mode="before")
     @classmethod
