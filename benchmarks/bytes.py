@@ -1,6 +1,6 @@
 """Codecs: bytes on the wire against their formula, and what they cost in quality.
 
-Run: python benchmarks/bytes.py             (about 12 minutes on 2 cores)
+Run: python benchmarks/bytes.py             (about 14 minutes on 2 cores)
      python benchmarks/bytes.py --wire      (the bytes alone, some seconds)
 
 The first table is one party's answer with LoRA r=8 on the query-key-value projection of a 28-layer model that is 4096
@@ -44,6 +44,7 @@ CODECS: dict[str, tuple[dict[str, Any], float]] = {
     "int4": ({"name": "int4"}, 1 / 2 + 2 / 64),
     "TopK 10 %, error feedback": ({"name": "TopK", "density": 0.1, "error_feedback": True}, 0.4 + 1 / 8),
     "TopK 10 %": ({"name": "TopK", "density": 0.1}, 0.4 + 1 / 8),
+    "RandomK 10 %": ({"name": "RandomK", "density": 0.1}, 0.4),
     "RandomK 10 %, error feedback": ({"name": "RandomK", "density": 0.1, "error_feedback": True}, 0.4),
     "Grid 16 bits": ({"name": "Grid", "limit": 0.25, "bits": 16}, 2),
 }

@@ -11,6 +11,11 @@ Correction = Callable[[float], None]
 _Parameters = Mapping[str, torch.nn.Parameter]
 
 
+def _beside(parameters: _Parameters, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    # Once a round: tensors of a message are read from where they lie at each look.
+    return {name: tensors[name].to(parameter) for name, parameter in parameters.items()}
+
+
 def proximal(parameters: _Parameters, anchor: Mapping[str, torch.Tensor], mu: float) -> Correction:
     """Return FedProx's pull as a part of the gradient: g <- g + mu (theta - anchor).
 
@@ -23,11 +28,13 @@ def proximal(parameters: _Parameters, anchor: Mapping[str, torch.Tensor], mu: fl
         mu: Strength.
     """
 
+    fixed = _beside(parameters, anchor)
+
     def correct(rate: float) -> None:
         with torch.no_grad():
             for name, parameter in parameters.items():
                 if parameter.grad is not None:
-                    parameter.grad.add_(parameter - anchor[name].to(parameter), alpha=mu)
+                    parameter.grad.add_(parameter - fixed[name], alpha=mu)
 
     return correct
 
@@ -41,11 +48,13 @@ def decoupled_proximal(parameters: _Parameters, anchor: Mapping[str, torch.Tenso
         mu: Strength.
     """
 
+    fixed = _beside(parameters, anchor)
+
     def correct(rate: float) -> None:
         with torch.no_grad():
             for name, parameter in parameters.items():
                 if parameter.grad is not None:
-                    parameter.sub_(parameter - anchor[name].to(parameter), alpha=rate * mu)
+                    parameter.sub_(parameter - fixed[name], alpha=rate * mu)
 
     return correct
 
@@ -63,10 +72,12 @@ def control_variate(
         shared: The server's, c.
     """
 
+    shift = _beside(parameters, {name: shared[name] - own[name] for name in parameters})
+
     def correct(rate: float) -> None:
         for name, parameter in parameters.items():
             if parameter.grad is not None:
-                parameter.grad.add_((shared[name] - own[name]).to(parameter))
+                parameter.grad.add_(shift[name])
 
     return correct
 
