@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fedllm.job.job import Job, load_parties
+    from fedllm.models.deliver import load_adapter
     from fedllm.runtime.compare import Comparison, compare
     from fedllm.runtime.run import RunResult, Watch, resume, run_local
     from fedllm.train.hf_trainer import HFTrainer
@@ -26,6 +27,7 @@ __all__ = [
     "Watch",
     "__version__",
     "compare",
+    "load_adapter",
     "load_parties",
     "resume",
     "run_local",
@@ -39,6 +41,7 @@ _WHERE = {
     "RunResult": "fedllm.runtime.run",
     "Watch": "fedllm.runtime.run",
     "compare": "fedllm.runtime.compare",
+    "load_adapter": "fedllm.models.deliver",
     "load_parties": "fedllm.job.job",
     "resume": "fedllm.runtime.run",
     "run_local": "fedllm.runtime.run",

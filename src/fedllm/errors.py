@@ -42,6 +42,7 @@ CODES: dict[str, str] = {
     "DATA_NO_TEMPLATE": "The data are chats, and the tokenizer has no chat template.",
     "DATA_TEMPLATE": "The chat template cannot render the chats, or its answers cannot be told apart.",
     "DATA_CHANGED": "A party's data are not those that the run began with.",
+    "DATA_LABEL_UNKNOWN": "An example has a label that the job does not name.",
     "DATA_NO_TARGET": "No token would be trained: every token is masked or cut off.",
     "MODEL_NOT_FOUND": "The base model cannot be found or loaded.",
     "MODEL_UNSAFE": "The model folder asks to run code, or has no safetensors weights.",

@@ -9,6 +9,7 @@ from ruamel.yaml import YAML
 from fedllm.data.formats import LAYOUTS, MEANINGFUL_COLUMNS, MEANINGFUL_MESSAGE_KEYS, ROLES, ColumnMap
 from fedllm.data.read import read_examples, scan_source
 from fedllm.data.settings import DataSource
+from fedllm.tasks import TaskName
 
 PAGE = Path(__file__).parents[2] / "docs" / "reference" / "data-formats.md"
 TEXT = PAGE.read_text(encoding="utf-8")
@@ -28,7 +29,8 @@ def test_every_layout_has_a_section_with_an_example() -> None:
 )
 def test_every_example_is_read_as_the_layout_of_its_section(layout: str, block: str, tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text(block, encoding="utf-8")
-    scan = scan_source("train.jsonl", base_dir=tmp_path, split=None, column_map=ColumnMap())
+    task: TaskName = "sequence_classification" if layout == "classification" else "causal_lm"
+    scan = scan_source("train.jsonl", base_dir=tmp_path, split=None, column_map=ColumnMap(task=task))
     assert (scan.layout, scan.refusals, scan.unused) == (layout, (), ())
 
 

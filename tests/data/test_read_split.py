@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from fedllm.data.formats import Example
 from fedllm.data.read import read_party_data, split_held_out
-from fedllm.data.settings import DataSource
+from fedllm.data.settings import DataSettings, DataSource
 from fedllm.errors import DataError
 
 PAIRS = [{"prompt": f"问题 {i}", "completion": f"答案 {i}"} for i in range(5)]
@@ -64,7 +64,7 @@ def test_a_party_evaluates_on_its_share_its_file_or_its_split(write_jsonl: Write
     write_jsonl(PAIRS[0], name="eval.jsonl")
 
     def sizes(**source: Any) -> tuple[int, int]:
-        data = read_party_data(DataSource(**source), base_dir=tmp_path, text_field="text", seed=0, party="north")
+        data = read_party_data(DataSource(**source), base_dir=tmp_path, settings=DataSettings(), seed=0, party="north")
         return len(data.train), len(data.held_out)
 
     assert sizes(train="train.jsonl", eval_share=0.4) == (3, 2)

@@ -13,7 +13,8 @@ import torch
 from tiny import bits, save_base
 
 from fedllm.errors import ModelError
-from fedllm.models.adapter import TunableModel, save_adapter, skeleton
+from fedllm.models.adapter import TunableModel, skeleton
+from fedllm.models.deliver import save_adapter
 from fedllm.models.load import load_base
 from fedllm.models.settings import ModelSettings, PeftSettings
 

@@ -13,7 +13,8 @@ from fedllm.cli.run import AsJson, JobFile, Output, Overrides, Quiet
 if TYPE_CHECKING:
     from fedllm.runtime.compare import Comparison
 
-COLUMNS = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L", "bleu4": "BLEU-4", "loss_nats": "loss"}
+COLUMNS = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L", "bleu4": "BLEU-4"}
+COLUMNS |= {"accuracy": "accuracy", "loss_nats": "loss"}
 
 
 def compare(

@@ -23,7 +23,7 @@ def export(
     from fedllm.runtime.export import export as export_run
 
     folder = export_run(run, output, merge=merge)
-    loads_by = "AutoModelForCausalLM.from_pretrained" if merge else "PeftModel.from_pretrained"
+    loads_by = "from_pretrained of transformers" if merge else "fedllm.load_adapter"
     if as_json:
         print_json({"output": str(folder), "merged": merge})
     else:

@@ -72,7 +72,8 @@ def collate(
     """Return a batch of int64 tensors, each of shape (R, L), padded on the right to the longest row.
 
     Without packing: `input_ids`, `attention_mask` (1 = token, 0 = padding), `labels` (-100 where not a target); row
-    i is example i. With packing: `input_ids`, `labels`, `position_ids` and `example_ids`; no attention mask,
+    i is example i. Where the targets are apart, `input_ids` and `attention_mask` hold what the encoder reads, and
+    `labels` what the decoder answers; a classifier's `labels` are the label numbers, shape (R,). With packing: `input_ids`, `labels`, `position_ids` and `example_ids`; no attention mask,
     because transformers keeps packed examples apart only where none is given and `use_cache=False`. Positions start
     again at 0 with each example and with the padding; `example_ids` (not for the model) is the index of the example
     that a token is of, -1 for padding.
@@ -87,11 +88,21 @@ def collate(
         raise ValueError("a batch needs at least one example")
     if packing:
         return _packed(examples, pad_id, max_length)
-    rows = [list(example.input_ids) for example in examples]
+    if examples[0].label is not None:
+        numbers = torch.tensor([example.label for example in examples], dtype=torch.int64)
+        return _inputs([list(example.input_ids) for example in examples], pad_id) | {"labels": numbers}
+    if examples[0].apart:
+        given, wanted = ([_side(example, side) for example in examples] for side in (False, True))
+        return _inputs(given, pad_id) | {"labels": _padded(wanted, IGNORED)}
+    return _inputs([list(example.input_ids) for example in examples], pad_id) | {
+        "labels": _padded([_labels(example) for example in examples], IGNORED),
+    }
+
+
+def _inputs(rows: Sequence[Sequence[int]], pad_id: int) -> dict[str, torch.Tensor]:
     return {
         "input_ids": _padded(rows, pad_id),
         "attention_mask": _padded([[1] * len(row) for row in rows], 0),
-        "labels": _padded([_labels(example) for example in examples], IGNORED),
     }
 
 
@@ -156,6 +167,10 @@ def _labels(example: TokenisedExample) -> list[int]:
 
 def _pairs(example: TokenisedExample) -> list[tuple[int, bool]]:
     return list(zip(example.input_ids, example.loss_mask, strict=True))
+
+
+def _side(example: TokenisedExample, is_target: bool) -> list[int]:
+    return [token for token, wanted in _pairs(example) if wanted is is_target]
 
 
 def _packed(examples: Sequence[TokenisedExample], pad_id: int, max_length: int | None) -> dict[str, torch.Tensor]:

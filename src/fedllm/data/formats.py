@@ -13,9 +13,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from fedllm.errors import nearest
+from fedllm.tasks import CAUSAL_LM, CLASSIFICATION, TaskName
 
 Kind = Literal["chat", "prompt_completion", "text"]
 
+# The layout of a text with its label.
+LABELLED = "classification"
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SHAREGPT_ROLES = {
     "system": "system",
@@ -34,6 +37,7 @@ SYNONYMS = {
     "prompt": ("question", "query", "source", "src", "request", "input", "content", "context"),
     "completion": ("answer", "response", "target", "tgt", "reply", "output", "summary", "label"),
     "instruction": ("task", "command"),
+    "label": ("class", "category", "target", "labels"),
     "text": ("body", "document", "passage", "sentence", "content"),
 }
 
@@ -106,11 +110,13 @@ class ColumnMap:
         format: `auto`, or the name of a layout.
         columns: Canonical name -> name in the file, for those that differ.
         text_field: Column of plain text, `dataset_text_field` of the job.
+        task: What is learnt: classification has a layout of its own.
     """
 
     format: str = "auto"
     columns: Mapping[str, str] = field(default_factory=dict)
     text_field: str = "text"
+    task: TaskName = CAUSAL_LM
 
     def name_of(self, canonical: str) -> str:
         """Return the name that a canonical column has in the file."""
@@ -120,6 +126,7 @@ class ColumnMap:
     def candidates(self) -> tuple[str, ...]:
         """Return the layouts that fit `format` and use every mapped column."""
         names = LAYOUTS if self.format == "auto" else (self.format,)
+        names = [name for name in names if (name == LABELLED) == (self.task == CLASSIFICATION)]
         return tuple(name for name in names if set(self.columns) <= set(canonical_columns(name)))
 
     def matching(self, fields: Mapping[str, Any]) -> tuple[str, ...]:
@@ -181,15 +188,17 @@ def canonical_columns(layout: str) -> tuple[str, ...]:
     return LAYOUTS[layout].required + LAYOUTS[layout].optional
 
 
-def closest_layout(columns: Iterable[str]) -> tuple[str, dict[str, str]]:
+def closest_layout(columns: Iterable[str], task: TaskName = CAUSAL_LM) -> tuple[str, dict[str, str]]:
     """Return the layout nearest to some column names, and the mapping that would make them fit.
 
     Args:
         columns: Names found in the file.
+        task: What is learnt.
     """
     found = list(columns)
     best: tuple[float, str, dict[str, str]] = (-1.0, "messages", {})
-    for name, layout in LAYOUTS.items():
+    for name in ColumnMap(task=task).candidates():
+        layout = LAYOUTS[name]
         guesses = {column: _guess(column, found) for column in layout.required}
         hits = {column: guess for column, guess in guesses.items() if guess}
         score = len(hits) / len(layout.required)
@@ -322,6 +331,13 @@ def _sharegpt_turn(turn: Any, where: str) -> dict[str, Any]:
     return {"role": SHAREGPT_ROLES[turn["from"]], "content": turn["value"]}
 
 
+def _from_labelled(record: Mapping[str, Any]) -> Example:
+    label = record["label"]
+    if isinstance(label, bool) or not isinstance(label, str | int):
+        raise BadRecord("`label` is neither a label's name nor its number" if label is not None else "`label` is null")
+    return Example(prompt=_text(record["text"], "text"), completion=_text(str(label), "label"))
+
+
 def _from_text(record: Mapping[str, Any]) -> Example:
     return Example(text=_text(record["text"], "text"))
 
@@ -332,5 +348,6 @@ LAYOUTS: dict[str, Layout] = {
     "instruction": Layout(("instruction", "output"), ("input",), _from_instruction),
     "sharegpt": Layout(("conversations",), ("system",), _from_sharegpt),
     "text": Layout(("text",), (), _from_text),
+    LABELLED: Layout(("text", "label"), (), _from_labelled),
 }
 COLUMN_NAMES = tuple(dict.fromkeys(column for name in LAYOUTS for column in canonical_columns(name)))

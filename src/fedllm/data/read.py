@@ -8,9 +8,10 @@ from pathlib import Path
 
 from fedllm.data.files import Place, Record
 from fedllm.data.formats import BadRecord, ColumnMap, Example, closest_layout, show_columns
-from fedllm.data.settings import DataSource, local_path
+from fedllm.data.settings import DataSettings, DataSource, local_path
 from fedllm.data.sources import read_records
 from fedllm.errors import DataError, nearest
+from fedllm.tasks import CAUSAL_LM, TaskName
 
 _SHOWN = 5
 
@@ -64,6 +65,7 @@ def read_examples(
     format: str = "auto",
     columns: Mapping[str, str] | None = None,
     text_field: str = "text",
+    task: TaskName = CAUSAL_LM,
 ) -> tuple[Example, ...]:
     """Return the examples of a source, in the order of the file.
 
@@ -74,25 +76,28 @@ def read_examples(
         format: `auto`, or the name of a layout.
         columns: Layout's column -> name in the file.
         text_field: Column of plain text.
+        task: What is learnt.
 
     Raises:
         DataError: The source cannot be used as it is: `DATA_NOT_FOUND`, `DATA_FORMAT_UNKNOWN`,
             `DATA_COLUMN_MISSING`, `DATA_BROKEN_LINE` or `DATA_EMPTY`.
     """
-    column_map = ColumnMap(format, dict(columns or {}), text_field)
+    column_map = ColumnMap(format, dict(columns or {}), text_field, task)
     scan = scan_source(source, base_dir=base_dir, split=split, column_map=column_map)
     if scan.refusals:
         raise scan.refusals[0]
     return scan.examples
 
 
-def read_party_data(source: DataSource, *, base_dir: Path, text_field: str, seed: int, party: str) -> PartyData:
+def read_party_data(
+    source: DataSource, *, base_dir: Path, settings: DataSettings, seed: int, party: str
+) -> PartyData:
     """Return a party's training and held-out examples.
 
     Args:
         source: The `data` section of party.yaml.
         base_dir: The folder of party.yaml.
-        text_field: `dataset_text_field` of the job.
+        settings: The job's `data` section.
         seed: The job's seed, for the share split off.
         party: The party's name.
 
@@ -107,7 +112,8 @@ def read_party_data(source: DataSource, *, base_dir: Path, text_field: str, seed
             split=split,
             format=source.format,
             columns=source.columns,
-            text_field=text_field,
+            text_field=settings.dataset_text_field,
+            task=settings.task,
         )
 
     train = read(source.train, source.train_split)
@@ -237,7 +243,7 @@ def _layout_of(
         places.setdefault(column_map.matching(record.fields), []).append(record.place)
     known = [names for names in places if names]
     if not known:
-        return "", _unknown(columns, where)
+        return "", _unknown(columns, where, column_map.task)
     if len(known) > 1:
         return "", _mixed({names: places[names] for names in known}, where)
     if len(known[0]) > 1:
@@ -265,11 +271,11 @@ def _nearest_column(name: str, columns: tuple[str, ...]) -> str:
     return hint if hint.startswith("did you mean") else ""
 
 
-def _unknown(columns: tuple[str, ...], where: str) -> DataError:
+def _unknown(columns: tuple[str, ...], where: str, task: TaskName) -> DataError:
     if {"chosen", "rejected"} <= set(columns):
         what = "these are preference pairs (`chosen`, `rejected`), which supervised tuning cannot use"
         return DataError("DATA_FORMAT_UNKNOWN", what, where=where, fix="rename `chosen` to `completion`")
-    layout, mapping = closest_layout(columns)
+    layout, mapping = closest_layout(columns, task)
     fix = f"the nearest layout is `{layout}`"
     if mapping:
         pairs = ", ".join(f"{column}: {name}" for column, name in mapping.items())

@@ -5,12 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from fedllm.data.formats import COLUMN_NAMES, LAYOUTS, canonical_columns
 from fedllm.errors import nearest
+from fedllm.tasks import CAUSAL_LM, CLASSIFICATION, TaskName
 
-Format = Literal["auto", "messages", "prompt_completion", "instruction", "sharegpt", "text"]
+Format = Literal["auto", "messages", "prompt_completion", "instruction", "sharegpt", "text", "classification"]
+
+
+# A row of an encoder and a decoder, or of a classifier, is one example with one answer.
+_CAUSAL_ONLY = ("packing", "completion_only_loss", "assistant_only_loss")
 
 
 def local_path(source: str, base_dir: Path) -> Path:
@@ -31,6 +36,16 @@ class DataSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
+    task: TaskName = Field(
+        default=CAUSAL_LM,
+        description="What is learnt from the examples: to continue a text (causal_lm), to answer by an encoder and a "
+        "decoder (seq2seq_lm), or to choose a label (sequence_classification).",
+    )
+    labels: list[str] | None = Field(
+        default=None,
+        min_length=2,
+        description="sequence_classification: every label that any party's examples may have, in order.",
+    )
     max_length: int = Field(
         default=1024,
         ge=2,
@@ -51,6 +66,31 @@ class DataSettings(BaseModel):
         "all parties need the same bytes.",
     )
     dataset_text_field: str = Field(default="text", min_length=1, description="Column that holds plain text.")
+
+    @field_validator("labels")
+    @classmethod
+    def _labels_differ(cls, labels: list[str] | None) -> list[str] | None:
+        if labels and (len(set(labels)) < len(labels) or not all(label.strip() for label in labels)):
+            raise ValueError("two labels are the same, or one is empty; give each a name of its own")
+        return labels
+
+    @model_validator(mode="after")
+    def _settings_of_the_task(self) -> Self:
+        if (self.task == CLASSIFICATION) != (self.labels is not None):
+            state = "missing" if self.labels is None else f"without effect for {self.task}"
+            raise ValueError(f"labels is {state}; it goes with `task: {CLASSIFICATION}`")
+        fields = type(self).model_fields
+        for name in _CAUSAL_ONLY if self.task != CAUSAL_LM else ():
+            if getattr(self, name) != fields[name].default:
+                raise ValueError(f"{name} has no effect for {self.task}; leave it out")
+        if self.task == CLASSIFICATION and self.chat_template_path is not None:
+            raise ValueError(f"chat_template_path has no effect for {CLASSIFICATION}; leave it out")
+        return self
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """The labels in order; empty where the task has none."""
+        return tuple(self.labels or ())
 
     def with_base_dir(self, base_dir: Path) -> DataSettings:
         """Return the same settings with `chat_template_path` made absolute.

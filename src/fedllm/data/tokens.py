@@ -10,6 +10,7 @@ from fedllm.data.formats import Example, Message
 from fedllm.data.settings import DataSettings
 from fedllm.data.template import marks_generation, need_template, render_ids, render_marked
 from fedllm.errors import DataError, ModelError
+from fedllm.tasks import CAUSAL_LM, CLASSIFICATION, SEQ2SEQ_LM
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,17 +25,21 @@ class TokenisedExample:
         loss_mask: Whether each token is a target. The first never is: nothing comes before it.
         truncated: Whether tokens were cut off at `max_length`.
         target_bytes: UTF-8 bytes of the text that the targets spell, for perplexity per byte.
+        apart: Whether the targets are a decoder's, and the other tokens an encoder's.
+        label: Number of the label, the one target of a classifier; no token is one then.
     """
 
     input_ids: tuple[int, ...] = field(repr=False)
     loss_mask: tuple[bool, ...] = field(repr=False)
     truncated: bool
     target_bytes: int
+    apart: bool = False
+    label: int | None = field(default=None, repr=False)
 
     @property
     def num_targets(self) -> int:
-        """How many tokens are trained."""
-        return sum(self.loss_mask)
+        """How many tokens are trained; a label counts as one."""
+        return sum(self.loss_mask) if self.label is None else 1
 
 
 @dataclass(frozen=True)
@@ -74,9 +79,13 @@ def tokenise(
         cut: Whether to keep only the first `max_length` tokens.
 
     Raises:
-        DataError: `DATA_NO_TEMPLATE`, or `DATA_TEMPLATE`.
+        DataError: `DATA_NO_TEMPLATE`, `DATA_TEMPLATE` or `DATA_LABEL_UNKNOWN`.
         ModelError: `MODEL_NOT_FOUND`, the tokenizer has no stop token.
     """
+    if settings.task != CAUSAL_LM:
+        limit = settings.max_length if cut else None
+        label = settings.task == CLASSIFICATION
+        return _labelled(example, tokenizer, settings, limit) if label else _pair(example, tokenizer, settings, limit)
     draft = _draft(example, tokenizer, settings)
     whole = not draft.mask[0]
     draft.mask[0] = False
@@ -151,6 +160,8 @@ def prompt_ids(example: Example, tokenizer: PreTrainedTokenizerBase, settings: D
         return render_ids(tokenizer, template, example.messages[:-1], ask=True)
     if example.prompt is None:
         raise _nothing_asked()
+    if settings.task == SEQ2SEQ_LM:
+        return _encode(example.prompt, tokenizer, special=True)[: settings.max_length]
     return _opening_ids(example.prompt, tokenizer)
 
 
@@ -221,14 +232,58 @@ def _draft(example: Example, tokenizer: PreTrainedTokenizerBase, settings: DataS
     return _Draft(given + answer, [True] * (len(given) + len(answer)), prompt + completion)
 
 
+def _pair(
+    example: Example, tokenizer: PreTrainedTokenizerBase, settings: DataSettings, limit: int | None
+) -> TokenisedExample:
+    """Return what an encoder reads and what its decoder answers, each cut at the limit."""
+    given = prompt_ids(example, tokenizer, settings)
+    answer = reference_text(example)
+    wanted = _encode(answer, tokenizer, special=True)
+    if wanted[-1:] != [stop_id(tokenizer)]:
+        wanted.append(stop_id(tokenizer))
+    left, right = (given or [stop_id(tokenizer)])[:limit], wanted[:limit]
+    mask = (False,) * len(left) + (True,) * len(right)
+    truncated = len(left) + len(right) < len(given) + len(wanted)
+    draft = _Draft([*left, *right], list(mask), answer)
+    target_bytes = _decoded_bytes(draft, tokenizer) if truncated else len(answer.encode())
+    return TokenisedExample((*left, *right), mask, truncated, target_bytes, apart=True)
+
+
+def _labelled(
+    example: Example, tokenizer: PreTrainedTokenizerBase, settings: DataSettings, limit: int | None
+) -> TokenisedExample:
+    """Return a text with the number of its label."""
+    names, label = settings.label_names, example.completion or ""
+    if label not in names and not (label.isdecimal() and int(label) < len(names)):
+        raise DataError(
+            "DATA_LABEL_UNKNOWN",
+            f"its label is none of the job's {len(names)} ({', '.join(names[:5])}), nor the number of one",
+            fix="correct it, or name it in `data.labels` of the job",
+        )
+    whole = _encode(example.prompt or "", tokenizer, special=True) or [stop_id(tokenizer)]
+    # Cut by the tokenizer, which keeps the separator at the end.
+    ids = whole if limit is None or len(whole) <= limit else _encode(example.prompt or "", tokenizer, limit=limit)
+    number = names.index(label) if label in names else int(label)
+    return TokenisedExample(tuple(ids), (False,) * len(ids), len(ids) < len(whole), 0, label=number)
+
+
 def _opening_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the tokens of a text at the start of a sequence, without the stop that some tokenizers add."""
     ids = _encode(text, tokenizer, special=True)
     return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
 
 
-def _encode(text: str, tokenizer: PreTrainedTokenizerBase, *, special: bool) -> list[int]:
-    encoded = tokenizer(text, add_special_tokens=special, return_attention_mask=False, verbose=False)
+def _encode(
+    text: str, tokenizer: PreTrainedTokenizerBase, *, special: bool = True, limit: int | None = None
+) -> list[int]:
+    encoded = tokenizer(
+        text,
+        add_special_tokens=special,
+        truncation=limit is not None,
+        max_length=limit,
+        return_attention_mask=False,
+        verbose=False,
+    )
     return list(encoded["input_ids"])
 
 

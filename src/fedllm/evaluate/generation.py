@@ -29,7 +29,7 @@ def generate_completions(
     apply, beside the tokenizer's: its sampling settings, penalties and suppressed tokens do not.
 
     Args:
-        model: A causal language model of transformers, or a PEFT model around one.
+        model: A language model of transformers, with or without an encoder, or a PEFT model around one.
         tokenizer: Its tokenizer.
         prompts_ids: Token ids of each prompt. One that leaves no room for `max_new_tokens` in the
             model's context is cut at its beginning; an empty one is a start token alone.
@@ -71,7 +71,9 @@ def _generate(model: Any, prompts: list[list[int]], stops: list[int], new_tokens
         attention_mask=torch.tensor(mask, device=device),
         generation_config=config,
     )
-    return [list(row) for row in generated[:, width:].tolist()]
+    # An encoder's input is not repeated; its decoder begins with one start token.
+    start = 1 if model.config.is_encoder_decoder else width
+    return [list(row) for row in generated[:, start:].tolist()]
 
 
 @contextmanager

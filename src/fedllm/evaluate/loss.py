@@ -1,11 +1,11 @@
-"""Summed loss of a causal language model over batches. Sums add over batches and parties; means do not."""
+"""Summed loss of a model over batches. Sums add over batches and parties; means do not."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,20 +14,23 @@ from torch import nn
 from fedllm.data.batches import collate
 from fedllm.data.tokens import TokenisedExample
 from fedllm.errors import RunFailed
-from fedllm.models.loss import target_losses
+from fedllm.models.loss import target_logits
 
 
 @dataclass(frozen=True)
 class LossSums:
-    """Negative log-likelihood of target tokens, and over how much it was summed.
+    """Negative log-likelihood of targets, and over how much it was summed.
 
-    `LossSums()` is the zero; two are added with `+`.
+    `LossSums()` is the zero; two are added with `+`. `tokens` counts a classifier's labels too; of `choices` labels
+    that were chosen, `correct` were right.
     """
 
     nll_nats: float = 0.0
     tokens: int = 0
     bytes: int = 0
     examples: int = 0
+    choices: int = 0
+    correct: int = 0
 
     def __add__(self, other: LossSums) -> LossSums:
         return LossSums(
@@ -35,6 +38,8 @@ class LossSums:
             self.tokens + other.tokens,
             self.bytes + other.bytes,
             self.examples + other.examples,
+            self.choices + other.choices,
+            self.correct + other.correct,
         )
 
     @property
@@ -52,8 +57,15 @@ class LossSums:
         """exp(nll / UTF-8 bytes of the targets), comparable between tokenizers; NaN without a byte count."""
         return _exp(self.nll_nats / self.bytes) if self.bytes else math.nan
 
+    @property
+    def accuracy(self) -> float:
+        """Share of the labels chosen that are right, 0 to 100; NaN without one."""
+        return 100 * self.correct / self.choices if self.choices else math.nan
+
     def values(self) -> dict[str, float]:
-        """Return the metrics by name: loss, both perplexities, examples."""
+        """Return the metrics by name: loss, examples, and both perplexities, or the accuracy of labels."""
+        if self.choices:
+            return {"loss_nats": self.loss_nats, "accuracy": self.accuracy, "examples": self.examples}
         names = ("loss_nats", "perplexity_per_token", "perplexity_per_byte", "examples")
         return {name: getattr(self, name) for name in names}
 
@@ -79,7 +91,7 @@ def summed_loss(model: nn.Module, batches: Iterable[Mapping[str, Any]], *, where
     one batch of logits is held; no global generator is drawn from.
 
     Args:
-        model: A causal language model whose output has `logits`.
+        model: A model of transformers whose output has `logits`.
         batches: Each with `input_ids`, `attention_mask`, `labels` (-100 = not a target), of shape
             (rows, length), and perhaps `position_ids`, and `target_bytes`: for each example the UTF-8
             bytes of its targets. Without `target_bytes` a row counts as an example of 0 bytes.
@@ -109,7 +121,7 @@ def evaluate_examples(
     """Return the summed loss of a model on tokenised examples.
 
     Args:
-        model: A causal language model.
+        model: A model of transformers.
         examples: The examples.
         pad_id: The padding token.
         batch_size: Examples per forward pass.
@@ -123,9 +135,13 @@ def evaluate_examples(
 
 
 def _batch_loss(model: nn.Module, batch: Mapping[str, Any]) -> LossSums:
-    nll, _ = target_losses(model, batch)
+    logits, targets, _ = target_logits(model, batch)
+    nll = nn.functional.cross_entropy(logits, targets, reduction="none")
     target_bytes = _byte_counts(batch)
-    return LossSums(nll.double().sum().item(), len(nll), sum(target_bytes), len(target_bytes))
+    sums = LossSums(nll.double().sum().item(), len(nll), sum(target_bytes), len(target_bytes))
+    if batch["labels"].dim() > 1:
+        return sums
+    return replace(sums, choices=len(targets), correct=int((logits.argmax(dim=-1) == targets).sum()))
 
 
 def _byte_counts(batch: Mapping[str, Any]) -> Sequence[int]:

@@ -1,44 +1,88 @@
-"""Attach a tuning method to a base model; read, write and save its parameters by name."""
+"""A base model with what is tuned of it; read and write its parameters by name."""
 
 from __future__ import annotations
 
-import json
 import math
 import re
-import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from fedllm.errors import ModelError
-from fedllm.models.settings import PeftSettings
+from fedllm.models.adalora import budget, kept_values, penalty
+from fedllm.models.bottleneck import bottlenecks
+from fedllm.models.load import AUTO_CLASSES, model_config
+from fedllm.models.methods import attach
+from fedllm.models.settings import OWN_TYPES, PeftSettings
 from fedllm.seeds import global_generators_kept, stream
+from fedllm.tasks import CAUSAL_LM, TaskName
 from fedllm.wire.payload import Manifest, Tensors, TensorSpec, manifest_of
 
-_RANDOM_UNIFORM = re.compile(r"\.lora_A\.")
-_RANDOM_NORMAL = re.compile(r"\.lora_embedding_B\.")
-_DRAWN = re.compile(r"\.lora_(A|B|embedding_A|embedding_B)\.")
+# (generator, shape) -> first values.
+_Draw = Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]
+
+
+def _uniform(draw: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    bound = math.prod(shape[1:]) ** -0.5
+    return draw.uniform(-bound, bound, shape)
+
+
+def _normal(draw: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    return draw.standard_normal(shape)
+
+
+def _small(draw: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    return 0.02 * draw.standard_normal(shape)
+
+
+def _zero(draw: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    return np.zeros(shape)
+
+
+_LORA_DRAWS: dict[str, _Draw] = {
+    r"\.lora_A\.": _uniform,
+    r"\.lora_embedding_B\.": _normal,
+    r"\.lora_(B|embedding_A)\.": _zero,
+}
+_PROMPT_DRAWS: dict[str, _Draw] = {
+    r"^prompt_encoder\..*embedding\.weight$": _normal,
+    r"^prompt_encoder\..*\.weight$": _uniform,
+    r"^prompt_encoder\.": _zero,
+}
+# Method -> pattern of a parameter's name -> its first values. The first that fits counts. What fits none is computed
+# from the base model, or is the base model's own.
+_DRAWS: dict[str, dict[str, _Draw]] = {
+    "LORA": _LORA_DRAWS,
+    "ADALORA": {r"\.lora_(A|B)\.": _small, r"\.lora_E\.": _zero},
+    "PREFIX_TUNING": _PROMPT_DRAWS,
+    "PROMPT_TUNING": _PROMPT_DRAWS,
+    "P_TUNING": _PROMPT_DRAWS,
+    "BOTTLENECK": {r"\.bottleneck\.down\.weight$": _uniform, r"\.bottleneck\.": _zero},
+}
 
 
 class TunableModel:
-    """A frozen base model with one adapter whose values are swapped in place.
+    """A frozen base model with one tuning method on it, whose values are swapped in place.
 
     All parties in a process share it: what belongs to a party is only the values of `trainable`. Parameters are
     exchanged by name because PEFT's own state dict loses or resizes some of them (P-tuning, prefix projection).
     """
 
-    def __init__(self, base_model: Any, peft: PeftSettings) -> None:
-        self.model = _attach(base_model, peft)
+    def __init__(self, base_model: Any, peft: PeftSettings, task: TaskName = CAUSAL_LM) -> None:
+        self.peft = peft
+        self.model = attach(base_model, peft, task)
         self.trainable: dict[str, torch.nn.Parameter] = {
             name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad
         }
         self.manifest: Manifest = manifest_of(self.trainable)
-        # What PEFT computed from the base. Kept, because one model may serve several runs, each from its start.
+        # What follows from the base. Kept, because one model may serve several runs, each from its start.
         self._given = {
-            name: parameter.detach().clone() for name, parameter in self.trainable.items() if not _DRAWN.search(name)
+            name: parameter.detach().clone()
+            for name, parameter in self.trainable.items()
+            if _draw_of(name, peft) is None
         }
 
     def read(self) -> Tensors:
@@ -67,136 +111,97 @@ class TunableModel:
             for parameter in fixed:
                 parameter.requires_grad_(True)
 
-    def initial(self, seed: int) -> Tensors:
-        """Return the adapter's first values, drawn from the job's seed alone.
+    @contextmanager
+    def shrunk(self, number: int, num_rounds: int) -> Iterator[None]:
+        """Hold AdaLoRA's ranks at the round's budget, from the context's begin to its end; other methods have none.
 
-        LoRA's A is Kaiming-uniform, +-1/sqrt(fan_in), as PEFT draws it, but from a counter-based generator, so
-        that machines and library versions agree. What PEFT computes from the base (DoRA's magnitudes, modules to
-        save) is kept.
+        Args:
+            number: The round, from 1 on.
+            num_rounds: Rounds of the run.
+        """
+        masks: Tensors = {}
+        if self.peft.peft_type == "ADALORA":
+            masks = kept_values(self.trainable, budget(number, num_rounds, self.peft))
+        self._multiply(masks)
+        yield
+        self._multiply(masks)
+
+    def _multiply(self, masks: Tensors) -> None:
+        with torch.no_grad():
+            for name, mask in masks.items():
+                self.trainable[name].mul_(mask.to(self.trainable[name].device))
+
+    def penalty(self) -> torch.Tensor | None:
+        """Return what the method adds to the training loss of a step, a scalar; None for most."""
+        if self.peft.peft_type != "ADALORA" or not self.peft.orth_reg_weight:
+            return None
+        return penalty(self.trainable, self.peft.orth_reg_weight)
+
+    def untuned(self) -> AbstractContextManager[None]:
+        """Let the model be the bare base model, for as long as the context lasts."""
+        if self.peft.peft_type in OWN_TYPES:
+            return self._own_untuned()
+        found: AbstractContextManager[None] = self.model.disable_adapter()
+        return found
+
+    @contextmanager
+    def _own_untuned(self) -> Iterator[None]:
+        tuned, adapters = self.read(), bottlenecks(self.model)
+        for adapter in adapters:
+            adapter.active = False
+        self.write(tuned | self._given)
+        try:
+            yield
+        finally:
+            for adapter in adapters:
+                adapter.active = True
+            self.write(tuned)
+
+    def initial(self, seed: int) -> Tensors:
+        """Return the first values of what is tuned, drawn from the job's seed alone.
+
+        They are distributed as PEFT draws them (LoRA's A is Kaiming-uniform, +-1/sqrt(fan_in)), but come from a
+        counter-based generator, so that machines and library versions agree. Of virtual tokens only the biases of the
+        network behind them differ: they begin at 0. What PEFT computes from the base is kept (DoRA's magnitudes,
+        modules to save), and so are the base's own parameters.
 
         Args:
             seed: The job's seed.
         """
-        return {
-            name: self._given[name].to("cpu", copy=True) if name in self._given else _first_value(name, spec, seed)
-            for name, spec in self.manifest.items()
-        }
+        return {name: self._first_value(name, spec, seed) for name, spec in self.manifest.items()}
+
+    def _first_value(self, name: str, spec: TensorSpec, seed: int) -> torch.Tensor:
+        draw = _draw_of(name, self.peft)
+        if draw is None:
+            return self._given[name].to("cpu", copy=True)
+        values = draw(stream(seed, "initial", name), tuple(spec.shape))
+        return torch.from_numpy(values).to(spec.zeros().dtype)
 
     def num_trainable(self) -> int:
         """Return how many numbers are trained."""
         return sum(parameter.numel() for parameter in self.trainable.values())
 
 
-def _first_value(name: str, spec: TensorSpec, seed: int) -> torch.Tensor:
-    draw = stream(seed, "initial", name)
-    value = spec.zeros()
-    if _RANDOM_UNIFORM.search(name):
-        bound = math.prod(spec.shape[1:]) ** -0.5
-        value = torch.from_numpy(draw.uniform(-bound, bound, tuple(spec.shape))).to(value.dtype)
-    elif _RANDOM_NORMAL.search(name):
-        value = torch.from_numpy(draw.standard_normal(tuple(spec.shape))).to(value.dtype)
-    return value
+def _draw_of(name: str, peft: PeftSettings) -> _Draw | None:
+    for pattern, draw in _DRAWS.get(peft.peft_type, {}).items():
+        if re.search(pattern, name):
+            return draw
+    return None
 
 
-def _attach(base_model: Any, peft: PeftSettings) -> Any:
-    from peft import LoraConfig, get_peft_model
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    if any(isinstance(module, BaseTunerLayer) for module in base_model.modules()):
-        raise ModelError(
-            "PEFT_TARGET",
-            "the base model carries an adapter already",
-            fix="load the base model afresh for each adapter",
-        )
-    _check_names(base_model, peft)
-    settings = peft.model_dump(exclude={"peft_type"})
-    try:
-        with global_generators_kept(), warnings.catch_warnings():
-            # PEFT asks transformers for a property under its old name.
-            warnings.simplefilter("ignore", FutureWarning)
-            model = get_peft_model(base_model, LoraConfig(task_type="CAUSAL_LM", **settings))
-    except (ValueError, TypeError) as error:
-        raise ModelError(
-            "PEFT_TARGET",
-            f"the tuning method does not fit the base model: {str(error)[:300]}",
-            where="peft.target_modules",
-            fix="use `all-linear`, or names out of: " + ", ".join(_linear_names(base_model)),
-        ) from None
-    return model
-
-
-def _check_names(base_model: Any, peft: PeftSettings) -> None:
-    # PEFT passes over a name that fits nothing as long as another one fits.
-    modules = [name for name, _ in base_model.named_modules()]
-    targets = peft.target_modules if isinstance(peft.target_modules, list) else []
-    for key, names in {"target_modules": targets, "modules_to_save": peft.modules_to_save or []}.items():
-        for wanted in names:
-            if not any(name == wanted or name.endswith(f".{wanted}") for name in modules):
-                raise ModelError(
-                    "PEFT_TARGET",
-                    f"the base model has no module {wanted!r}",
-                    where=f"peft.{key}",
-                    fix="names out of: " + ", ".join(_linear_names(base_model)),
-                )
-
-
-def _linear_names(base_model: Any) -> list[str]:
-    names = {name.rsplit(".", 1)[-1] for name, module in base_model.named_modules() if hasattr(module, "weight")}
-    return sorted(names)[:20]
-
-
-def skeleton(folder: Path, peft: PeftSettings) -> TunableModel:
-    """Return the model with its adapter on the meta device: shapes and names, no weights.
+def skeleton(folder: Path, peft: PeftSettings, task: TaskName = CAUSAL_LM, labels: Sequence[str] = ()) -> TunableModel:
+    """Return the model with what is tuned of it on the meta device: shapes and names, no weights.
 
     Args:
         folder: The base model's folder; only its config is read.
         peft: The tuning method.
+        task: What the model is tuned to do.
+        labels: Of a classifier.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    import transformers
 
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    config = model_config(folder, labels)
     with torch.device("meta"), global_generators_kept():
-        base_model = AutoModelForCausalLM.from_config(config)
+        base_model = getattr(transformers, AUTO_CLASSES[task]).from_config(config)
         base_model.requires_grad_(False)
-        return TunableModel(base_model, peft)
-
-
-def save_adapter(
-    tensors: Mapping[str, torch.Tensor], *, folder: Path, base: Path, peft: PeftSettings, name: str
-) -> None:
-    """Write an adapter in PEFT's layout, which `PeftModel.from_pretrained` loads.
-
-    Args:
-        tensors: The adapter, by parameter name.
-        folder: Where `adapter_model.safetensors` and `adapter_config.json` go.
-        base: The base model's folder; only its config is read.
-        peft: The tuning method.
-        name: What the adapter's config calls the base model.
-    """
-    from peft import get_peft_model_state_dict
-    from safetensors.torch import save_file
-
-    tunable = skeleton(base, peft)
-    full = dict.fromkeys(tunable.model.state_dict(), None) | dict(tensors)
-    kept = {key: value for key, value in full.items() if value is not None}
-    state = get_peft_model_state_dict(tunable.model, state_dict=kept, save_embedding_layers=False)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {key: value.contiguous() for key, value in state.items()},
-        folder / "adapter_model.safetensors",
-        {"format": "pt"},
-    )
-    config = tunable.model.peft_config["default"]
-    config.base_model_name_or_path = name
-    config.inference_mode = True
-    config.save_pretrained(str(folder))
-    _sort_config(folder / "adapter_config.json")
-
-
-def _sort_config(path: Path) -> None:
-    # PEFT keeps target_modules in a set, whose order changes from process to process.
-    config = json.loads(path.read_text(encoding="utf-8"))
-    for key, value in config.items():
-        if isinstance(value, list):
-            config[key] = sorted(value, key=str)
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        return TunableModel(base_model, peft, task)

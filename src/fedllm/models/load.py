@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,14 @@ from safetensors import SafetensorError
 from fedllm.errors import ModelError, ResourceError
 from fedllm.models.digest import base_digest, tokenizer_digest
 from fedllm.models.settings import ModelSettings
+from fedllm.seeds import global_generators_kept, stream
+from fedllm.tasks import CAUSAL_LM, CLASSIFICATION, TaskName
+
+AUTO_CLASSES: dict[TaskName, str] = {
+    "causal_lm": "AutoModelForCausalLM",
+    "seq2seq_lm": "AutoModelForSeq2SeqLM",
+    "sequence_classification": "AutoModelForSequenceClassification",
+}
 
 # What transformers raises on folders that it cannot make sense of.
 _LOADING = (OSError, ValueError, KeyError, ImportError, RuntimeError, AttributeError, TypeError, SafetensorError)
@@ -196,22 +206,64 @@ def check_machine(settings: ModelSettings, device: str) -> None:
         )
 
 
-def load_base(settings: ModelSettings, *, folder: Path, device: str = "cpu") -> Base:
+def check_quantisation(settings: ModelSettings) -> None:
+    """Raise when the base model is to be quantised and the library for it is not installed.
+
+    Args:
+        settings: The job's `model` section.
+
+    Raises:
+        ResourceError: `DEVICE_MISSING`.
+    """
+    if settings.quantization and importlib.util.find_spec("bitsandbytes") is None:
+        raise ResourceError(
+            "DEVICE_MISSING",
+            "a base model in 8 or 4 bits needs the package bitsandbytes, which is not installed",
+            where="model",
+            fix="pip install 'fedllm[bitsandbytes]', or leave load_in_8bit and load_in_4bit out",
+        )
+
+
+def model_config(folder: Path, labels: Sequence[str] = ()) -> Any:
+    """Return the config of a base model, for a classifier with its labels in it.
+
+    Args:
+        folder: A folder from `find_base`.
+        labels: Of a classifier, in order.
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    if labels:
+        config.num_labels = len(labels)
+        config.id2label = dict(enumerate(labels))
+        config.label2id = {label: index for index, label in enumerate(labels)}
+    return config
+
+
+def load_base(
+    settings: ModelSettings,
+    *,
+    folder: Path,
+    device: str = "cpu",
+    task: TaskName = CAUSAL_LM,
+    labels: Sequence[str] = (),
+) -> Base:
     """Return the frozen base model of a folder, in evaluation mode.
 
     Args:
         settings: The job's `model` section.
         folder: A folder from `find_base`.
         device: `cpu`, `cuda` or `cuda:N`.
+        task: What it is tuned to do. A classifier gets a head, if the folder has none: the same one everywhere.
+        labels: Of a classifier, in order.
 
     Raises:
         ModelError: The weights cannot be loaded, or are not those the job names.
-        ResourceError: The device is not there.
+        ResourceError: The device, or the library for a quantised model, is not there.
     """
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging as hf_logging
-
     check_machine(settings, device)
+    check_quantisation(settings)
     digest = base_digest(folder)
     if settings.base_digest not in (None, digest):
         raise ModelError(
@@ -221,35 +273,88 @@ def load_base(settings: ModelSettings, *, folder: Path, device: str = "cpu") -> 
             fix="copy the base model that the job names",
         )
     tokenizer = load_tokenizer(folder)
+    model, missing = _from_pretrained(settings, folder, device, task, labels)
+    if task == CLASSIFICATION:
+        if model.config.pad_token_id is None:
+            # A decoder finds the last token of a text by what follows it.
+            model.config.pad_token_id = tokenizer.pad_token_id
+        missing -= _draw_head(model, missing)
+    if missing:
+        # transformers would fill them at random, differently at each party.
+        raise ModelError(
+            "MODEL_NOT_FOUND",
+            f"{folder} lacks the weights {', '.join(sorted(missing)[:5])}",
+            where="model.model_name_or_path",
+            fix="copy the model again, whole",
+        )
+    model.requires_grad_(False).eval()
+    if not settings.quantization:
+        model.to(device)
+    return Base(model, tokenizer, digest, tokenizer_digest(tokenizer))
+
+
+def _from_pretrained(
+    settings: ModelSettings, folder: Path, device: str, task: TaskName, labels: Sequence[str]
+) -> tuple[Any, set[str]]:
+    """Return the model, and the names of the weights that the folder lacks."""
+    import transformers
+    from transformers.utils import logging as hf_logging
+
     bars = hf_logging.is_progress_bar_enabled()
     hf_logging.disable_progress_bar()
     try:
-        model, loaded = AutoModelForCausalLM.from_pretrained(
-            folder,
-            output_loading_info=True,
-            dtype=getattr(torch, settings.dtype),
-            attn_implementation=settings.attn_implementation,
-            trust_remote_code=False,
-            use_safetensors=True,
-            local_files_only=True,
-        )
+        with global_generators_kept():
+            model, loaded = getattr(transformers, AUTO_CLASSES[task]).from_pretrained(
+                folder,
+                config=model_config(folder, labels),
+                output_loading_info=True,
+                dtype=getattr(torch, settings.dtype),
+                attn_implementation=settings.attn_implementation,
+                trust_remote_code=False,
+                use_safetensors=True,
+                local_files_only=True,
+                **_quantised(settings, device),
+            )
     except _LOADING as error:
         raise ModelError(
             "MODEL_NOT_FOUND",
-            f"transformers cannot load {folder} as a causal language model ({type(error).__name__}: {error})",
+            f"transformers cannot load {folder} for {task} ({type(error).__name__}: {error})",
             where="model.model_name_or_path",
-            fix="check the folder with AutoModelForCausalLM.from_pretrained",
+            fix=f"check the folder with {AUTO_CLASSES[task]}.from_pretrained",
         ) from None
     finally:
         if bars:
             hf_logging.enable_progress_bar()
-    if missing := sorted(loaded["missing_keys"]):
-        # transformers would fill them at random, differently at each party.
-        raise ModelError(
-            "MODEL_NOT_FOUND",
-            f"{folder} lacks the weights {', '.join(missing[:5])}",
-            where="model.model_name_or_path",
-            fix="copy the model again, whole",
-        )
-    model.requires_grad_(False).eval().to(device)
-    return Base(model, tokenizer, digest, tokenizer_digest(tokenizer))
+    return model, set(loaded["missing_keys"])
+
+
+def _quantised(settings: ModelSettings, device: str) -> dict[str, Any]:
+    if settings.quantization is None:
+        return {}
+    from transformers import BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(
+        load_in_8bit=settings.load_in_8bit,
+        load_in_4bit=settings.load_in_4bit,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=getattr(torch, settings.dtype),
+    )
+    return {"quantization_config": config, "device_map": {"": device}}
+
+
+def _draw_head(model: Any, missing: set[str]) -> set[str]:
+    """Fill what a base model lacks to classify: its head, and a pooler; return the names.
+
+    As transformers does, N(0, 0.02) and zero biases, but from a named stream: the same at every party.
+    """
+    prefix = f"{model.base_model_prefix}."
+    drawn = {name for name in missing if not name.startswith(prefix) or ".pooler." in name}
+    with torch.no_grad():
+        for name in drawn:
+            parameter = model.get_parameter(name)
+            if parameter.dim() > 1:
+                values = 0.02 * stream(0, "head", name).standard_normal(tuple(parameter.shape))
+                parameter.copy_(torch.from_numpy(values))
+            else:
+                parameter.fill_(1.0 if "norm" in name.lower() and name.endswith("weight") else 0.0)
+    return drawn

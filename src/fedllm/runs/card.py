@@ -23,7 +23,8 @@ _SCORES = {
     "rouge2": ("rouge", "ROUGE-2"),
     "rougeL": ("rouge", "ROUGE-L"),
     "bleu4": ("bleu", "BLEU-4"),
-    "loss_nats": ("loss", "Loss, nats per token"),
+    "accuracy": ("accuracy", "Accuracy, percent"),
+    "loss_nats": ("loss", "Loss, nats per target"),
     "perplexity_per_token": ("perplexity", "Perplexity per token"),
     "perplexity_per_byte": ("perplexity", "Perplexity per byte"),
 }

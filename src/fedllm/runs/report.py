@@ -40,7 +40,8 @@ _SCORES = (
     ("rouge2", "ROUGE-2"),
     ("rougeL", "ROUGE-L"),
     ("bleu4", "BLEU-4"),
-    ("loss_nats", "Loss, nats per token"),
+    ("accuracy", "Accuracy"),
+    ("loss_nats", "Loss, nats per target"),
     ("perplexity_per_token", "Perplexity per token"),
     ("perplexity_per_byte", "Perplexity per byte"),
     ("examples", "Examples"),
@@ -184,7 +185,7 @@ def _comparison(record: RunRecord) -> dict[str, Any]:
                 "model": str(row.get("model")),
                 "kind": str(row.get("kind")),
                 "cells": [(key, score_text(key, row.get(key))) for key, _ in columns],
-                "bar": _percent(row.get("rougeL")),
+                "bar": _percent(row.get("rougeL", row.get("accuracy"))),
             }
             for row in rows
         ],

@@ -18,7 +18,7 @@ from fedllm.runs.charts import (
 from fedllm.runs.jsonl import Row
 from fedllm.runs.report_data import RunRecord, Values, added
 
-_TEXT_SCORES = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L", "bleu4": "BLEU-4"}
+_TEXT_SCORES = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L", "bleu4": "BLEU-4", "accuracy": "Accuracy"}
 _SIZES = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "B"))
 # Above this share of a round's change, another rule for LoRA's factors is suggested.
 DRIFT_LIMIT = 0.1
@@ -39,7 +39,7 @@ def _common_loss(record: RunRecord) -> Drawing | None:
     values = record.metrics.values("loss_nats", split="common")
     note = "Broken lines: other models of the comparison, after their own training." if record.comparison_rows() else ""
     return line_chart(
-        Labels("loss-common", "Loss on the common test set", "nats per token", note),
+        Labels("loss-common", "Loss on the common test set", "nats per target", note),
         [Series("federated model", values, "lead")],
         references=_reference_lines(record.comparison_rows()),
         delivered=record.result.get("best_round"),
@@ -65,7 +65,7 @@ def _held_out_loss(record: RunRecord) -> Drawing | None:
     metrics = record.metrics
     lead = Series("all parties", metrics.of_federation("loss_nats", split="held_out"), "lead")
     return line_chart(
-        Labels("loss-held-out", "Loss on held-out data of the parties", "nats per token"),
+        Labels("loss-held-out", "Loss on held-out data of the parties", "nats per target"),
         [lead, *party_series(metrics.by_party("loss_nats", split="held_out"))],
         gaps=metrics.lost("loss_nats", split="held_out"),
         delivered=record.result.get("best_round"),
@@ -76,7 +76,7 @@ def _train_loss(record: RunRecord) -> Drawing | None:
     metrics = record.metrics
     lead = Series("all parties", metrics.of_federation("loss_nats", split="train"), "lead")
     return line_chart(
-        Labels("loss-train", "Training loss", "nats per token", "Mean over each round's local steps."),
+        Labels("loss-train", "Training loss", "nats per target", "Mean over each round's local steps."),
         [lead, *party_series(metrics.by_party("loss_nats", split="train"))],
         gaps=metrics.lost("loss_nats", split="train"),
     )
@@ -100,7 +100,7 @@ def _text_scores(record: RunRecord) -> Iterable[Drawing | None]:
     for split, words in (("common", "the common test set"), ("held_out", "held-out data")):
         found = {label: record.metrics.values(name, split=split) for name, label in _TEXT_SCORES.items()}
         series = party_series({label: values for label, values in found.items() if values})
-        yield line_chart(Labels(f"scores-{split.replace('_', '-')}", f"Text scores on {words}", "0 to 100"), series)
+        yield line_chart(Labels(f"scores-{split.replace('_', '-')}", f"Scores on {words}", "0 to 100"), series)
 
 
 def bytes_chart(record: RunRecord) -> Drawing | None:

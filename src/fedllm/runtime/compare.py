@@ -156,7 +156,7 @@ def _test_examples(job: Job, parties: list[LocatedParty]) -> Sequence[Example]:
         read = read_party_data(
             located.party.data,
             base_dir=located.base_dir,
-            text_field=job.data.dataset_text_field,
+            settings=job.data,
             seed=job.seed,
             party=located.party.name,
         )
@@ -191,29 +191,33 @@ def _written(rows: list[Scores], test: TestSet, result: RunResult) -> Comparison
     return Comparison(rows, sentence, recovered, result)
 
 
+# The first that every row has is what models are judged by.
+_JUDGED_BY = (("rougeL", "ROUGE-L"), ("accuracy", "accuracy"), ("loss_nats", "loss"))
+
+
 def verdict(rows: list[Scores]) -> tuple[float | None, str]:
     """Return the share of the gap that federation closes, and a sentence that says so.
 
-    The gap lies between the mean single party and pooled data, by ROUGE-L, or by loss where there are no texts.
+    The gap lies between the mean single party and pooled data, by ROUGE-L, by accuracy, or by loss where there is neither.
 
     Args:
         rows: The table.
     """
-    by_text = all("rougeL" in row for row in rows)
-    metric, name = ("rougeL", "ROUGE-L") if by_text else ("loss_nats", "loss")
+    metric, name = next(found for found in _JUDGED_BY if all(found[0] in row for row in rows))
+    higher = metric != "loss_nats"
     single = [row[metric] for row in rows if row["kind"] == "alone"]
     mean = sum(single) / len(single)
     federated, together = (next(row[metric] for row in rows if row["kind"] == kind) for kind in ("federated", "pooled"))
-    best = max(single) if by_text else min(single)
-    beats = federated > best if by_text else federated < best
+    best = max(single) if higher else min(single)
+    beats = federated > best if higher else federated < best
     against = f"{'above' if beats else 'not above'} the best single party ({best:.2f})"
-    gap = together - mean if by_text else mean - together
+    gap = together - mean if higher else mean - together
     if gap <= 0:
         return None, (
             f"Federated {name} is {federated:.2f}, {against}; pooled data ({together:.2f}) are no better here than the "
             f"mean single party ({mean:.2f}), so there is no gap to close."
         )
-    share = (federated - mean if by_text else mean - federated) / gap
+    share = (federated - mean if higher else mean - federated) / gap
     return share, (
         f"Federated tuning reaches {name} {federated:.2f}, {against}, and closes {share:.0%} of the gap between the "
         f"mean single party ({mean:.2f}) and pooled data ({together:.2f})."

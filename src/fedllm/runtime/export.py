@@ -9,6 +9,7 @@ import torch
 
 from fedllm.disk import disk_error
 from fedllm.errors import ConfigError
+from fedllm.models.deliver import WEIGHTS, merged
 from fedllm.models.load import load_base
 from fedllm.runs.plan_files import read_plan
 from fedllm.runtime.site import base_folder
@@ -23,11 +24,11 @@ def export(run: Path, output: Path, *, merge: bool) -> Path:
         merge: Merge the adapter into the base model; else copy the adapter.
 
     Raises:
-        ConfigError: `RUN_UNFINISHED` or `RUN_EXISTS`.
+        ConfigError: `RUN_UNFINISHED`, `RUN_EXISTS`, or `BAD_COMBINATION` where the method cannot be merged.
     """
     job, parties = read_plan(run)
     adapter = run / "adapter"
-    if not (adapter / "adapter_model.safetensors").is_file():
+    if not (adapter / WEIGHTS).is_file():
         raise ConfigError(
             "RUN_UNFINISHED",
             "the run has no adapter yet",
@@ -40,13 +41,12 @@ def export(run: Path, output: Path, *, merge: bool) -> Path:
         if not merge:
             shutil.copytree(adapter, output, dirs_exist_ok=True)
             return output
-        from peft import PeftModel
-
         torch.set_num_threads(job.runtime.num_threads)
         folder, device = base_folder(job, parties)
-        base = load_base(job.model, folder=folder, device=device)
-        merged = PeftModel.from_pretrained(base.model, str(adapter)).merge_and_unload()
-        merged.save_pretrained(output)
+        # Into the whole weights: a quantised base would lose a part of what was learnt.
+        model = job.model.model_copy(update={"load_in_8bit": False, "load_in_4bit": False})
+        base = load_base(model, folder=folder, device=device, task=job.data.task, labels=job.data.label_names)
+        merged(base.model, adapter).save_pretrained(output)
         base.tokenizer.save_pretrained(output)
         shutil.copyfile(adapter / "README.md", output / "README.md")
     except OSError as error:

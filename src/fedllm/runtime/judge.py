@@ -19,6 +19,7 @@ from fedllm.job.job import Job
 from fedllm.runs.folder import attach, run_identity
 from fedllm.runs.plan_files import read_plan
 from fedllm.runtime.site import Site, common_examples, data_settings, open_site
+from fedllm.tasks import CLASSIFICATION
 from fedllm.wire.payload import Tensors
 
 
@@ -44,7 +45,7 @@ def test_set(site: Site, examples: Sequence[Example]) -> TestSet:
 def judge(site: Site, test: TestSet, tensors: Tensors | None) -> dict[str, Any]:
     """Return the scores of the base model with an adapter, or without one.
 
-    Text scores are there where every example asks something (not for plain text).
+    Text scores are there where every example asks something (not for plain text, nor for labels).
 
     Args:
         site: The loaded base model.
@@ -54,11 +55,12 @@ def judge(site: Site, test: TestSet, tensors: Tensors | None) -> dict[str, Any]:
     evaluate, tokenizer, model = site.job.evaluate, site.base.tokenizer, site.model.model
     if tensors is not None:
         site.model.write(tensors)
-    with model.disable_adapter() if tensors is None else nullcontext():
+    with site.model.untuned() if tensors is None else nullcontext():
         batch_size = evaluate.per_device_eval_batch_size
         sums = evaluate_examples(model, test.tokens, pad_id=tokenizer.pad_token_id, batch_size=batch_size)
         scores: dict[str, Any] = dict(sums.values())
-        if all(example.messages or example.prompt is not None for example in test.examples):
+        asks = site.job.data.task != CLASSIFICATION
+        if asks and all(example.messages or example.prompt is not None for example in test.examples):
             settings = data_settings(site.job)
             prompts = [prompt_ids(example, tokenizer, settings) for example in test.examples]
             texts = generate_completions(
@@ -67,6 +69,10 @@ def judge(site: Site, test: TestSet, tensors: Tensors | None) -> dict[str, Any]:
             scores |= asdict(score_texts(texts, [reference_text(example) for example in test.examples]))
             scores["samples"] = texts[:3]
     return scores
+
+
+def _read(data: Path, job: Job) -> tuple[Example, ...]:
+    return read_examples(str(data), base_dir=Path.cwd(), text_field=job.data.dataset_text_field, task=job.data.task)
 
 
 def final_tensors(path: Path, job: Job) -> Tensors:
@@ -106,7 +112,7 @@ def evaluate_run(path: Path, *, data: Path | None = None) -> list[dict[str, Any]
     if data is None and job.evaluate.test is None:
         raise ConfigError("MISSING_KEY", "the job names no common test set", where="--data", fix="name a test file")
     site = open_site(job, parties)
-    examples = common_examples(job) if data is None else read_examples(str(data), base_dir=Path.cwd())
+    examples = common_examples(job) if data is None else _read(data, job)
     test = test_set(site, examples)
     return [
         {"model": model, "kind": kind, "party": None, **judge(site, test, adapter)}

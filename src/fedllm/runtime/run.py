@@ -13,7 +13,7 @@ from fedllm.disk import disk_error, write_atomic
 from fedllm.errors import ConfigError, FedllmError, ResourceError, RunPaused
 from fedllm.job.check import check_job
 from fedllm.job.job import Job, LocatedParty, load_parties
-from fedllm.models.adapter import save_adapter
+from fedllm.models.deliver import WEIGHTS, save_adapter
 from fedllm.models.digest import file_digest
 from fedllm.models.load import find_base
 from fedllm.runs.card import model_card
@@ -333,12 +333,20 @@ def _deliver(run: RunFolder, job: Job, parties: list[LocatedParty], tensors: Ten
     # A coordinator has no party on its machine; of the base model it needs the config alone.
     base = base_folder(job, parties)[0] if parties else find_base(job.model, base_dir=job.base_dir)
     try:
-        save_adapter(tensors, folder=draft, base=base, peft=job.peft, name=job.model.model_name_or_path)
+        save_adapter(
+            tensors,
+            folder=draft,
+            base=base,
+            peft=job.peft,
+            name=job.model.model_name_or_path,
+            task=job.data.task,
+            labels=job.data.label_names,
+        )
         shutil.rmtree(folder, ignore_errors=True)
         draft.replace(folder)
     except OSError as error:
         raise disk_error(error, folder) from None
-    return file_digest(folder / "adapter_model.safetensors")
+    return file_digest(folder / WEIGHTS)
 
 
 def read_result(path: Path) -> RunResult | None:

@@ -81,7 +81,9 @@ def open_site(job: Job, parties: list[LocatedParty], *, base: Base | None = None
     """
     torch.set_num_threads(job.runtime.num_threads)
     folder, device = base_folder(job, parties)
-    base = base or load_base(job.model, folder=folder, device=device)
+    base = base or load_base(
+        job.model, folder=folder, device=device, task=job.data.task, labels=job.data.label_names
+    )
     check_precision(job.train, torch.device(device))
     if job.data.packing:
         need_isolated_packing(base.model)
@@ -91,7 +93,7 @@ def open_site(job: Job, parties: list[LocatedParty], *, base: Base | None = None
         job=job,
         base=base,
         folder=folder,
-        model=TunableModel(base.model, job.peft),
+        model=TunableModel(base.model, job.peft, job.data.task),
         blobs=Blobs({}),
         common=common,
         common_digest=digest,
@@ -116,7 +118,9 @@ def common_examples(job: Job) -> tuple[Example, ...]:
     """
     if job.evaluate.test is None:
         return ()
-    found = read_examples(job.evaluate.test, base_dir=job.base_dir, text_field=job.data.dataset_text_field)
+    found = read_examples(
+        job.evaluate.test, base_dir=job.base_dir, text_field=job.data.dataset_text_field, task=job.data.task
+    )
     return found[: job.evaluate.max_examples]
 
 
@@ -131,8 +135,12 @@ def common_tokens(job: Job, base: Base) -> tuple[list[TokenisedExample], str]:
     if not examples:
         return [], hashlib.sha256(b"").hexdigest()
     tokens, _ = tokens_of(examples, base.tokenizer, job, where="evaluate.test")
-    digest = hashlib.sha256(repr([example.input_ids for example in tokens]).encode()).hexdigest()
+    digest = hashlib.sha256(repr([_content(example) for example in tokens]).encode()).hexdigest()
     return tokens, digest
+
+
+def _content(example: TokenisedExample) -> object:
+    return example.input_ids if example.label is None else (example.input_ids, example.label)
 
 
 def tokens_of(
@@ -167,7 +175,7 @@ def party_tokens(site: Site, located: LocatedParty) -> TokenData:
     read = read_party_data(
         located.party.data,
         base_dir=located.base_dir,
-        text_field=job.data.dataset_text_field,
+        settings=job.data,
         seed=job.seed,
         party=located.party.name,
     )

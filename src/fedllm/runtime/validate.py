@@ -17,7 +17,7 @@ from fedllm.job.job import Job, LocatedParty
 from fedllm.job.policy import Upload, check_upload
 from fedllm.models.adapter import TunableModel, skeleton
 from fedllm.models.digest import base_digest, tokenizer_digest
-from fedllm.models.load import check_machine, load_tokenizer
+from fedllm.models.load import check_machine, check_quantisation, load_tokenizer
 from fedllm.runtime.site import base_folder, common_examples, data_settings, tokens_of
 
 T = TypeVar("T")
@@ -66,6 +66,7 @@ def validate(job: Job, parties: list[LocatedParty]) -> Facts:
     check_job(job, parties)
     folder, device = base_folder(job, parties)
     check_machine(job.model, device)
+    check_quantisation(job.model)
     tokenizer = load_tokenizer(folder)
     settings, errors = data_settings(job), list[FedllmError]()
     digests = {
@@ -74,7 +75,7 @@ def validate(job: Job, parties: list[LocatedParty]) -> Facts:
         "tokenizer": tokenizer_digest(tokenizer),
         "template": template_digest(tokenizer, settings),
     }
-    tunable = _collect(errors, lambda: skeleton(folder, job.peft))
+    tunable = _collect(errors, lambda: skeleton(folder, job.peft, job.data.task, job.data.label_names))
     facts = [_collect(errors, partial(_party_facts, job, located, tokenizer)) for located in parties]
     common = _collect(errors, lambda: _tokens(common_examples(job), tokenizer, job, "evaluate.test"))
     if job.model.base_digest not in (None, digests["base"]):
@@ -100,7 +101,7 @@ def _party_facts(job: Job, located: LocatedParty, tokenizer: Any) -> PartyFacts:
     read: PartyData = read_party_data(
         located.party.data,
         base_dir=located.base_dir,
-        text_field=job.data.dataset_text_field,
+        settings=job.data,
         seed=job.seed,
         party=name,
     )

@@ -356,6 +356,8 @@ def _loss_sums(total: Total) -> LossSums:
         round(counts.get("tokens", 0)),
         round(counts.get("bytes", 0)),
         round(counts.get("examples", 0)),
+        round(counts.get("choices", 0)),
+        round(counts.get("correct", 0)),
     )
 
 
@@ -447,7 +449,7 @@ class Client:
             self._optimizer = make_optimizer(c.model.trainable, settings)
         moved = moving(self._rule, c.model.manifest, number)
         corrections = self._corrections(request, start)
-        with c.model.only(moved):
+        with c.model.only(moved), c.model.shrunk(number, c.settings.num_rounds):
             sums = c.trainer.train(self._task(number, deadline, corrections), self._optimizer)
         self._round = number
         end = c.model.read()
@@ -529,7 +531,7 @@ class Client:
     def _weight(self) -> int:
         weight_by = self._c.settings.weight_by
         if weight_by == "tokens":
-            return sum(sum(example.loss_mask[1:]) for example in self._c.data.train)
+            return sum(example.num_targets for example in self._c.data.train)
         return len(self._c.data.train) if weight_by == "examples" else 1
 
     def _evaluate(self, request: Evaluate, number: int) -> Summand:
@@ -540,6 +542,8 @@ class Client:
         if sums.tokens:
             c.log(number, request.split, sums.values())
         counts = {"nll_nats": sums.nll_nats, "tokens": sums.tokens, "bytes": sums.bytes, "examples": sums.examples}
+        if sums.choices:
+            counts |= {"choices": sums.choices, "correct": sums.correct}
         return Summand(weight=1, counts={name: float(value) for name, value in counts.items()}, tensors={})
 
 

@@ -10,7 +10,6 @@ import torch
 from fedllm.data.batches import collate
 from fedllm.data.tokens import TokenisedExample
 from fedllm.errors import ConfigError, RunFailed
-from fedllm.models.loss import IGNORED
 from fedllm.seeds import global_torch_stream
 from fedllm.train.base import TrainSums, TrainTask
 from fedllm.train.supervised import check_deadline, prepare_model, step_batches
@@ -145,7 +144,7 @@ class _Collator:
         settings = self._task.data_settings
         batch = collate(rows, pad_id=self._task.pad_id, packing=settings.packing, max_length=settings.max_length)
         self._sums.examples += len(rows)
-        self._sums.tokens += int((batch["labels"][:, 1:] != IGNORED).sum())
+        self._sums.tokens += sum(example.num_targets for example in rows)
         kept = ("input_ids", "attention_mask", "position_ids", "labels")
         return {name: batch[name] for name in kept if name in batch}
 

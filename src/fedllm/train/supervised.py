@@ -125,7 +125,7 @@ def step_batches(task: TrainTask, step: int) -> Iterator[list[TokenisedExample]]
 def _optimizer_step(
     task: TrainTask, optimizer: torch.optim.Optimizer, batches: list[list[TokenisedExample]]
 ) -> tuple[float, int]:
-    total_tokens = sum(sum(example.loss_mask[1:]) for rows in batches for example in rows)
+    total_tokens = sum(example.num_targets for rows in batches for example in rows)
     total_examples = sum(len(rows) for rows in batches)
     summed = 0.0
     for rows in batches:
@@ -137,6 +137,8 @@ def _optimizer_step(
         else:
             per_row = torch.zeros(len(rows), device=nll.device).index_add(0, row, torch.ones_like(nll))
             loss = (nll / per_row[row]).sum() / total_examples
+        if rows is batches[0] and (penalty := task.model.penalty()) is not None:
+            loss = loss + penalty
         loss.backward()  # type: ignore[no-untyped-call]
         summed += float(nll.detach().sum())
     limit = task.settings.max_grad_norm or math.inf

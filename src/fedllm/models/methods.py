@@ -1,0 +1,198 @@
+"""Attach a tuning method to a base model: PEFT's methods through PEFT, three of our own beside them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from fedllm.errors import ModelError
+from fedllm.models.bottleneck import add_bottlenecks, bottlenecks
+from fedllm.models.settings import OWN_TYPES, PROMPT_TYPES, PeftSettings
+from fedllm.seeds import global_generators_kept
+from fedllm.tasks import CLASSIFICATION, TaskName
+
+_TASK_TYPES = {"causal_lm": "CAUSAL_LM", "seq2seq_lm": "SEQ_2_SEQ_LM", "sequence_classification": "SEQ_CLS"}
+
+
+def attach(base_model: Any, peft: PeftSettings, task: TaskName = "causal_lm") -> Any:
+    """Return the model with what is tuned set to require gradients, and nothing else.
+
+    Args:
+        base_model: A frozen model of transformers.
+        peft: The tuning method.
+        task: What the model is tuned to do. Of a classifier the head is trained too, whatever the method.
+
+    Raises:
+        ModelError: `PEFT_TARGET`, the method does not fit the model.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    used = (isinstance(module, BaseTunerLayer) for module in base_model.modules())
+    if any(used) or bottlenecks(base_model) or any(p.requires_grad for p in base_model.parameters()):
+        raise ModelError(
+            "PEFT_TARGET",
+            "the base model carries an adapter already",
+            fix="load the base model afresh for each adapter",
+        )
+    if reason := refusal(peft, base_model.config.model_type, task):
+        raise ModelError("PEFT_TARGET", reason, where="peft.peft_type", fix="choose another `peft_type`, such as LORA")
+    _check_names(base_model, peft)
+    model = _OWN[peft.peft_type](base_model, peft) if peft.peft_type in OWN_TYPES else _by_peft(base_model, peft, task)
+    if peft.peft_type in (*OWN_TYPES, *PROMPT_TYPES):
+        for name in _head(base_model) if task == CLASSIFICATION else ():
+            base_model.get_submodule(name).requires_grad_(True)
+    _check_precision(model)
+    return model
+
+
+def refusal(peft: PeftSettings, model_type: str, task: TaskName) -> str | None:
+    """Return why a method cannot be used with a family of models; None if it can.
+
+    These are the pairs that fail only in a forward pass, or that are silently wrong; what does not fit by its modules'
+    names is found when it is attached.
+
+    Args:
+        peft: The tuning method.
+        model_type: `model_type` of the base model's config.
+        task: What the model is tuned to do.
+    """
+    return _REFUSED.get((peft.peft_type, model_type)) or _REFUSED.get((peft.peft_type, task))
+
+
+_NO_CACHE = "prefix tuning feeds the attention's cache, and an encoder has none"
+_REFUSED: dict[tuple[str, str], str] = {}
+
+
+def _by_peft(base_model: Any, peft: PeftSettings, task: TaskName) -> Any:
+    from peft import get_peft_model
+
+    try:
+        config = _config(base_model, peft, task)
+        with global_generators_kept(), warnings.catch_warnings():
+            # PEFT asks transformers for a property under its old name.
+            warnings.simplefilter("ignore", FutureWarning)
+            return get_peft_model(base_model, config)
+    except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as error:
+        raise ModelError(
+            "PEFT_TARGET",
+            f"the tuning method does not fit the base model: {str(error)[:300]}",
+            where="peft.target_modules",
+            fix="use `all-linear`, or names out of: " + ", ".join(_module_names(base_model)),
+        ) from None
+
+
+def _config(base_model: Any, peft: PeftSettings, task: TaskName) -> Any:
+    import peft as library
+
+    classes = {
+        "LORA": library.LoraConfig,
+        "ADALORA": library.AdaLoraConfig,
+        "VERA": library.VeraConfig,
+        "IA3": library.IA3Config,
+        "PREFIX_TUNING": library.PrefixTuningConfig,
+        "PROMPT_TUNING": library.PromptTuningConfig,
+        "P_TUNING": library.PromptEncoderConfig,
+        "LN_TUNING": library.LNTuningConfig,
+    }
+    settings = peft.own()
+    if peft.peft_type == "ADALORA":
+        # Ranks shrink by rounds, see fedllm.models.adalora; PEFT's own allocator, which counts steps, is never called.
+        settings |= {"tinit": 0, "tfinal": 0, "total_step": 1}
+    if peft.peft_type == "LN_TUNING" and peft.target_modules is None:
+        settings["target_modules"] = _norms(base_model)
+    if task == CLASSIFICATION and "modules_to_save" in settings:
+        head = _head(base_model)
+        settings["modules_to_save"] = sorted({*head, *(peft.modules_to_save or [])})
+        if peft.target_modules == "all-linear":
+            settings["target_modules"] = _linear_outside(base_model, head)
+    given = {key: value for key, value in settings.items() if value is not None}
+    return classes[peft.peft_type](task_type=_TASK_TYPES[task], **given)
+
+
+def _head(base_model: Any) -> list[str]:
+    """Return the modules of a classifier that its base model has not."""
+    return [
+        name
+        for name, module in base_model.named_children()
+        if name != base_model.base_model_prefix and any(True for _ in module.parameters())
+    ]
+
+
+def _norms(base_model: Any) -> list[str]:
+    return [name for name, module in base_model.named_modules() if type(module).__name__.endswith("Norm")]
+
+
+def _linear_outside(base_model: Any, head: list[str]) -> list[str]:
+    from transformers.pytorch_utils import Conv1D
+
+    return [
+        name
+        for name, module in base_model.named_modules()
+        if isinstance(module, torch.nn.Linear | Conv1D) and name.split(".")[0] not in head
+    ]
+
+
+def _bottleneck(base_model: Any, peft: PeftSettings) -> Any:
+    with global_generators_kept():
+        num_blocks = add_bottlenecks(base_model, size=peft.bottleneck_size or 1, placement=peft.placement or "pfeiffer")
+    if not num_blocks:
+        raise _nothing("no list of transformer blocks was found in the base model")
+    return base_model
+
+
+def _bitfit(base_model: Any, peft: PeftSettings) -> Any:
+    """Train the biases alone. Source: Ben Zaken et al. 2022, arXiv:2106.10199, section 3."""
+    biases = [parameter for name, parameter in base_model.named_parameters() if name.endswith("bias")]
+    if not biases:
+        raise _nothing(f"{type(base_model).__name__} has no biases to train")
+    for parameter in biases:
+        parameter.requires_grad_(True)
+    return base_model
+
+
+def _full(base_model: Any, peft: PeftSettings) -> Any:
+    if any(not parameter.is_floating_point() for parameter in base_model.parameters()):
+        raise _nothing("quantised weights cannot be trained")
+    base_model.requires_grad_(True)
+    return base_model
+
+
+_OWN: dict[str, Callable[[Any, PeftSettings], Any]] = {"BOTTLENECK": _bottleneck, "BITFIT": _bitfit, "FULL": _full}
+
+
+def _nothing(what: str) -> ModelError:
+    return ModelError("PEFT_TARGET", what, where="peft.peft_type", fix="choose another `peft_type`, such as LORA")
+
+
+def _check_precision(model: Any) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.dtype != torch.float32:
+            raise ModelError(
+                "PEFT_TARGET",
+                f"{name} would be trained in {str(parameter.dtype).removeprefix('torch.')}, where small updates vanish",
+                where="model.dtype",
+                fix="set `model.dtype: float32`",
+            )
+
+
+def _check_names(base_model: Any, peft: PeftSettings) -> None:
+    # PEFT passes over a name that fits nothing as long as another one fits.
+    modules = [name for name, _ in base_model.named_modules()]
+    for key in ("target_modules", "feedforward_modules", "modules_to_save"):
+        names = getattr(peft, key)
+        for wanted in names if isinstance(names, list) else ():
+            if not any(name == wanted or name.endswith(f".{wanted}") for name in modules):
+                raise ModelError(
+                    "PEFT_TARGET",
+                    f"the base model has no module {wanted!r}",
+                    where=f"peft.{key}",
+                    fix="names out of: " + ", ".join(_module_names(base_model)),
+                )
+
+
+def _module_names(base_model: Any) -> list[str]:
+    names = {name.rsplit(".", 1)[-1] for name, module in base_model.named_modules() if hasattr(module, "weight")}
+    return sorted(names)[:20]
