@@ -58,7 +58,8 @@ def sites(names: Iterable[str]) -> dict[str, tuple[str, str]]:
     for name in sorted(known):
         if match := _RIGHT.search(name):
             left = name[: match.start()] + match.group().replace("A", "B") + name[match.end() :]
-            if left in known:
+            # AdaLoRA has a third factor between the two.
+            if left in known and left.replace("lora_B", "lora_E") not in known:
                 found[name[: match.start()]] = (left, name)
     return found
 

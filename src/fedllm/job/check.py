@@ -8,6 +8,7 @@ from pathlib import Path
 from fedllm.errors import ConfigError, FedllmError
 from fedllm.job.job import Job, LocatedParty
 from fedllm.job.policy import check_policy
+from fedllm.models.settings import PROMPT_TYPES
 
 
 def check_job(job: Job, parties: list[LocatedParty], *, baseline: bool = False) -> None:
@@ -87,6 +88,27 @@ def _saved_modules_precision(job: Job) -> Iterator[ConfigError]:
         )
 
 
+def _method_fits(job: Job) -> Iterator[ConfigError]:
+    """What a tuning method cannot have beside it, whatever the scenario."""
+    method = job.peft.peft_type
+    if method in PROMPT_TYPES and job.data.packing:
+        what = f"{method} puts virtual tokens before a row, and `packing: true` puts several examples into one"
+        yield _clash(job, "data.packing", what, "set `packing: false`")
+    if method == "PREFIX_TUNING" and job.train.gradient_checkpointing:
+        what = "prefix tuning feeds the attention's cache, which gradient checkpointing does not keep"
+        yield _clash(job, "train.gradient_checkpointing", what, "set `gradient_checkpointing: false`")
+    if method == "FULL" and job.model.quantization:
+        what = f"weights held as {job.model.quantization} cannot be trained, and FULL trains them all"
+        yield _clash(job, "peft.peft_type", what, "set another `peft_type`, such as LORA, or load the model whole")
+    standing = 1 + (job.peft.tinit or 0) + (job.peft.tfinal or 0)
+    if method == "ADALORA" and standing > job.federation.num_rounds:
+        what = f"ranks stand in {standing} rounds (the first, tinit, tfinal) of {job.federation.num_rounds}"
+        yield _clash(job, "peft.tinit", what, "lower `tinit` or `tfinal`, or raise `num_rounds`")
+    if job.model.quantization and job.model.dtype == "float32" and job.train.bf16:
+        what = "`train.bf16` computes in bfloat16 and the quantised base model in float32"
+        yield _clash(job, "model.dtype", what, "set `model.dtype: bfloat16`, or `train.bf16: false`")
+
+
 def _limits_of_tests(job: Job) -> Iterator[ConfigError]:
     if job.evaluate.test is None and job.evaluate.max_examples is not None:
         yield _clash(
@@ -135,6 +157,7 @@ RULES: tuple[Callable[[Job], Iterator[ConfigError]], ...] = (
     _best_needs_evaluation,
     _packing_means,
     _saved_modules_precision,
+    _method_fits,
     _limits_of_tests,
     _warmup_within_run,
     _of_the_scenario,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from fedllm.models.adalora import budget, kept_values, penalty
 from fedllm.models.bottleneck import bottlenecks
 from fedllm.models.load import AUTO_CLASSES, model_config
 from fedllm.models.methods import attach
-from fedllm.models.settings import OWN_TYPES, PeftSettings
+from fedllm.models.settings import OWN_TYPES, PROMPT_TYPES, PeftSettings
 from fedllm.seeds import global_generators_kept, stream
 from fedllm.tasks import CAUSAL_LM, TaskName
 from fedllm.wire.payload import Manifest, Tensors, TensorSpec, manifest_of
@@ -137,21 +137,20 @@ class TunableModel:
             return None
         return penalty(self.trainable, self.peft.orth_reg_weight)
 
-    def untuned(self) -> AbstractContextManager[None]:
-        """Let the model be the bare base model, for as long as the context lasts."""
-        if self.peft.peft_type in OWN_TYPES:
-            return self._own_untuned()
-        found: AbstractContextManager[None] = self.model.disable_adapter()
-        return found
-
     @contextmanager
-    def _own_untuned(self) -> Iterator[None]:
+    def untuned(self) -> Iterator[Any]:
+        """Yield the bare base model, as it was before it was tuned, for as long as the context lasts."""
+        if self.peft.peft_type not in (*OWN_TYPES, *PROMPT_TYPES):
+            with self.model.disable_adapter():
+                yield self.model
+            return
         tuned, adapters = self.read(), bottlenecks(self.model)
+        self.write(tuned | self._given)
         for adapter in adapters:
             adapter.active = False
-        self.write(tuned | self._given)
         try:
-            yield
+            # Virtual tokens are put before the text by what PEFT wraps around the model.
+            yield self.model.base_model if self.peft.peft_type in PROMPT_TYPES else self.model
         finally:
             for adapter in adapters:
                 adapter.active = True

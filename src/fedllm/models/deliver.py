@@ -83,7 +83,11 @@ def _prompt_state(tunable: TunableModel, tensors: Mapping[str, torch.Tensor]) ->
     tokens = torch.arange(encoder.embedding.num_embeddings).unsqueeze(0)
     with torch.no_grad():
         virtual: torch.Tensor = encoder(tokens)[0]
-    head = {name: value for name, value in tensors.items() if not name.startswith(prefix)}
+    head = {
+        name.replace(".modules_to_save.default.", "."): value
+        for name, value in tensors.items()
+        if not name.startswith(prefix)
+    }
     return {"prompt_embeddings": virtual.detach().clone(), **head}
 
 
@@ -136,7 +140,20 @@ def merged(base_model: Any, folder: str | Path) -> Any:
             fix="export without --merge, and load it with `fedllm.load_adapter`",
         )
     model = load_adapter(base_model, folder)
-    return model if found.get("library") == "fedllm" else model.merge_and_unload()
+    return model if found.get("library") == "fedllm" else _unwrapped(model).merge_and_unload()
+
+
+def _unwrapped(model: Any) -> Any:
+    """Put modules that were trained in full into the places of the old ones.
+
+    PEFT does so itself where such a module is one layer; with VeRA and IA3 it fails on a head of several.
+    """
+    from peft.utils import ModulesToSaveWrapper
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, ModulesToSaveWrapper):
+            model.set_submodule(name, module.modules_to_save["default"])
+    return model
 
 
 def _sort_config(path: Path) -> None:

@@ -39,8 +39,9 @@ def target_logits(model: nn.Module, batch: Mapping[str, Any]) -> tuple[torch.Ten
     if labels.dim() == 1:
         return model(**inputs).logits.float(), labels, torch.arange(len(labels), device=device)
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        # The model shifts the labels to the right itself, each family from its own start token.
-        logits = model(**inputs, labels=labels, use_cache=False).logits
+        # Each family begins with a token of its own. The labels stay here: with them the model would sum a loss too.
+        answers: Any = model.prepare_decoder_input_ids_from_labels(labels=labels)  # type: ignore[operator]
+        logits = model(**inputs, decoder_input_ids=answers, use_cache=False).logits
     else:
         # Virtual tokens stand before the text, and nobody asks what follows them.
         length, labels = labels.shape[1], labels[:, 1:]

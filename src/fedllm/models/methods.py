@@ -37,18 +37,27 @@ def attach(base_model: Any, peft: PeftSettings, task: TaskName = "causal_lm") ->
             "the base model carries an adapter already",
             fix="load the base model afresh for each adapter",
         )
-    if reason := refusal(peft, base_model.config.model_type, task):
+    if reason := refusal(peft, base_model, task):
         raise ModelError("PEFT_TARGET", reason, where="peft.peft_type", fix="choose another `peft_type`, such as LORA")
     _check_names(base_model, peft)
     model = _OWN[peft.peft_type](base_model, peft) if peft.peft_type in OWN_TYPES else _by_peft(base_model, peft, task)
     if peft.peft_type in (*OWN_TYPES, *PROMPT_TYPES):
-        for name in _head(base_model) if task == CLASSIFICATION else ():
-            base_model.get_submodule(name).requires_grad_(True)
+        _train_head(base_model, task)
     _check_precision(model)
     return model
 
 
-def refusal(peft: PeftSettings, model_type: str, task: TaskName) -> str | None:
+def _train_head(base_model: Any, task: TaskName) -> None:
+    """Set a classifier's head to be trained, where PEFT has not wrapped it for that."""
+    from peft.utils import ModulesToSaveWrapper
+
+    for name in _head(base_model) if task == CLASSIFICATION else ():
+        module = base_model.get_submodule(name)
+        if not isinstance(module, ModulesToSaveWrapper):
+            module.requires_grad_(True)
+
+
+def refusal(peft: PeftSettings, base_model: Any, task: TaskName) -> str | None:
     """Return why a method cannot be used with a family of models; None if it can.
 
     These are the pairs that fail only in a forward pass, or that are silently wrong; what does not fit by its modules'
@@ -56,14 +65,32 @@ def refusal(peft: PeftSettings, model_type: str, task: TaskName) -> str | None:
 
     Args:
         peft: The tuning method.
-        model_type: `model_type` of the base model's config.
+        base_model: The base model, or its skeleton.
         task: What the model is tuned to do.
     """
-    return _REFUSED.get((peft.peft_type, model_type)) or _REFUSED.get((peft.peft_type, task))
+    family, method = base_model.config.model_type, peft.peft_type
+    if method in ("PROMPT_TUNING", "P_TUNING"):
+        if task == CLASSIFICATION and "score" in _head(base_model):
+            return f"{family} finds the last word of a text by its tokens, which virtual tokens before them hide"
+        if family == "albert":
+            return "albert's embeddings are narrower than its layers, which PEFT's virtual tokens do not allow for"
+    if method in PROMPT_TYPES and task == CLASSIFICATION and base_model.config.is_encoder_decoder:
+        return f"{family} takes no virtual tokens when it classifies"
+    if method == "PREFIX_TUNING" and family in _NO_CACHE:
+        return f"prefix tuning feeds the attention's cache, and {family} has none"
+    return None
 
 
-_NO_CACHE = "prefix tuning feeds the attention's cache, and an encoder has none"
-_REFUSED: dict[tuple[str, str], str] = {}
+# Family -> (target_modules, feedforward_modules) of IA3 where PEFT has none: keys, values, the end of the feed-forward.
+_IA3: dict[str, tuple[list[str], list[str]]] = {
+    "glm": (["k_proj", "v_proj", "down_proj"], ["down_proj"]),
+    "glm4": (["k_proj", "v_proj", "down_proj"], ["down_proj"]),
+    "phi3": (["qkv_proj", "down_proj"], ["down_proj"]),
+    "mixtral": (["k_proj", "v_proj"], []),
+    "albert": (["key", "value", "ffn_output"], ["ffn_output"]),
+    "distilbert": (["k_lin", "v_lin", "lin2"], ["lin2"]),
+}
+_NO_CACHE = ("albert", "deberta-v2", "distilbert")
 
 
 def _by_peft(base_model: Any, peft: PeftSettings, task: TaskName) -> Any:
@@ -101,8 +128,18 @@ def _config(base_model: Any, peft: PeftSettings, task: TaskName) -> Any:
     if peft.peft_type == "ADALORA":
         # Ranks shrink by rounds, see fedllm.models.adalora; PEFT's own allocator, which counts steps, is never called.
         settings |= {"tinit": 0, "tfinal": 0, "total_step": 1}
+    if peft.peft_type == "VERA":
+        # The random matrices that all sites share follow from PEFT's key; as many bytes as a layer are not saved again.
+        settings["save_projection"] = False
+    if peft.peft_type in PROMPT_TYPES:
+        # PEFT looks for the names that most configs have; transformers knows each config's own.
+        config = base_model.config
+        settings |= {"num_layers": config.num_hidden_layers, "num_attention_heads": config.num_attention_heads}
+        settings["token_dim"] = config.hidden_size
     if peft.peft_type == "LN_TUNING" and peft.target_modules is None:
         settings["target_modules"] = _norms(base_model)
+    if peft.peft_type == "IA3" and peft.target_modules is None and base_model.config.model_type in _IA3:
+        settings["target_modules"], settings["feedforward_modules"] = _IA3[base_model.config.model_type]
     if task == CLASSIFICATION and "modules_to_save" in settings:
         head = _head(base_model)
         settings["modules_to_save"] = sorted({*head, *(peft.modules_to_save or [])})

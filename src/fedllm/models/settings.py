@@ -23,8 +23,8 @@ class ModelSettings(BaseModel):
     load_in_4bit: bool = Field(
         False, description="Hold them in 4 bits, type NF4, as QLoRA does (needs the extra `fedllm[bitsandbytes]`)."
     )
-    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = Field(
-        "sdpa", description="Attention code of transformers."
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] | None = Field(
+        None, description="Attention code of transformers; null: its choice, `sdpa` in families that have it."
     )
     base_digest: str | None = Field(
         None,

@@ -52,10 +52,10 @@ def judge(site: Site, test: TestSet, tensors: Tensors | None) -> dict[str, Any]:
         test: The test set.
         tensors: The adapter; None for the bare base model.
     """
-    evaluate, tokenizer, model = site.job.evaluate, site.base.tokenizer, site.model.model
+    evaluate, tokenizer = site.job.evaluate, site.base.tokenizer
     if tensors is not None:
         site.model.write(tensors)
-    with site.model.untuned() if tensors is None else nullcontext():
+    with site.model.untuned() if tensors is None else nullcontext(site.model.model) as model:
         batch_size = evaluate.per_device_eval_batch_size
         sums = evaluate_examples(model, test.tokens, pad_id=tokenizer.pad_token_id, batch_size=batch_size)
         scores: dict[str, Any] = dict(sums.values())
