@@ -80,9 +80,14 @@ def save_family(family: str, task: TaskName, folder: Path) -> Path:
         folder: Where it goes.
     """
     import transformers
+    from tokenizers.processors import TemplateProcessing
     from transformers import AutoConfig, AutoModel
 
     tokenizer = make_tokenizer()
+    # BART's classifier looks for the stop token.
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="$A <eos>", special_tokens=[("<eos>", tokenizer.eos_token_id)]
+    )
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     start = {"decoder_start_token_id": tokenizer.pad_token_id} if family in ENCODER_DECODERS else {}
     config = AutoConfig.for_model(family, vocab_size=len(tokenizer), **special, **start, **FAMILIES[family])

@@ -9,6 +9,7 @@ from fedllm.errors import ConfigError, FedllmError
 from fedllm.job.job import Job, LocatedParty
 from fedllm.job.policy import check_policy
 from fedllm.models.settings import PROMPT_TYPES
+from fedllm.tasks import CLASSIFICATION
 
 
 def check_job(job: Job, parties: list[LocatedParty], *, baseline: bool = False) -> None:
@@ -78,14 +79,35 @@ def _packing_means(job: Job) -> Iterator[ConfigError]:
         )
 
 
-def _saved_modules_precision(job: Job) -> Iterator[ConfigError]:
-    if job.peft.modules_to_save and job.model.dtype == "bfloat16":
-        yield _clash(
-            job,
-            "peft.modules_to_save",
-            "`modules_to_save` would be trained in bfloat16, where small updates vanish",
-            "set `model.dtype: float32`",
-        )
+def _precision(job: Job) -> Iterator[ConfigError]:
+    if job.model.dtype != "bfloat16":
+        return
+    fix = "set `model.dtype: float32`"
+    if job.peft.modules_to_save:
+        what = "`modules_to_save` would be trained in bfloat16, where small updates vanish"
+        yield _clash(job, "peft.modules_to_save", what, fix)
+    if job.peft.peft_type in ("LN_TUNING", "BITFIT", "FULL"):
+        what = f"{job.peft.peft_type} trains the base model's own values, in bfloat16, where small updates vanish"
+        yield _clash(job, "model.dtype", what, fix)
+    if job.data.task == CLASSIFICATION:
+        what = "the head of a classifier would be trained in bfloat16, where small updates vanish"
+        yield _clash(job, "model.dtype", what, fix)
+    if job.peft.peft_type == "ADALORA" or (job.peft.peft_type == "IA3" and job.model.quantization):
+        what = f"PEFT's {job.peft.peft_type} mixes float32 and bfloat16 here, and fails"
+        yield _clash(job, "model.dtype", what, fix)
+
+
+def _quantised(job: Job) -> Iterator[ConfigError]:
+    held = job.model.quantization
+    if held and job.peft.peft_type == "FULL":
+        what = f"weights held as {held} cannot be trained, and FULL trains them all"
+        yield _clash(job, "peft.peft_type", what, "set another `peft_type`, such as LORA, or load the model whole")
+    if held == "int8" and job.peft.use_dora:
+        what = "DoRA needs the norms of weights that bitsandbytes does not give back from 8 bits"
+        yield _clash(job, "peft.use_dora", what, "set `load_in_4bit: true` instead, or `use_dora: false`")
+    if held and job.model.dtype == "float32" and job.train.bf16:
+        what = "`train.bf16` computes in bfloat16 and the quantised base model in float32"
+        yield _clash(job, "model.dtype", what, "set `model.dtype: bfloat16`, or `train.bf16: false`")
 
 
 def _method_fits(job: Job) -> Iterator[ConfigError]:
@@ -97,16 +119,10 @@ def _method_fits(job: Job) -> Iterator[ConfigError]:
     if method == "PREFIX_TUNING" and job.train.gradient_checkpointing:
         what = "prefix tuning feeds the attention's cache, which gradient checkpointing does not keep"
         yield _clash(job, "train.gradient_checkpointing", what, "set `gradient_checkpointing: false`")
-    if method == "FULL" and job.model.quantization:
-        what = f"weights held as {job.model.quantization} cannot be trained, and FULL trains them all"
-        yield _clash(job, "peft.peft_type", what, "set another `peft_type`, such as LORA, or load the model whole")
     standing = 1 + (job.peft.tinit or 0) + (job.peft.tfinal or 0)
     if method == "ADALORA" and standing > job.federation.num_rounds:
         what = f"ranks stand in {standing} rounds (the first, tinit, tfinal) of {job.federation.num_rounds}"
         yield _clash(job, "peft.tinit", what, "lower `tinit` or `tfinal`, or raise `num_rounds`")
-    if job.model.quantization and job.model.dtype == "float32" and job.train.bf16:
-        what = "`train.bf16` computes in bfloat16 and the quantised base model in float32"
-        yield _clash(job, "model.dtype", what, "set `model.dtype: bfloat16`, or `train.bf16: false`")
 
 
 def _limits_of_tests(job: Job) -> Iterator[ConfigError]:
@@ -156,7 +172,8 @@ RULES: tuple[Callable[[Job], Iterator[ConfigError]], ...] = (
     _quorum,
     _best_needs_evaluation,
     _packing_means,
-    _saved_modules_precision,
+    _precision,
+    _quantised,
     _method_fits,
     _limits_of_tests,
     _warmup_within_run,

@@ -11,6 +11,7 @@ import torch
 
 from fedllm.errors import ConfigError, ModelError
 from fedllm.models.adapter import TunableModel, skeleton
+from fedllm.models.methods import quiet_peft
 from fedllm.models.settings import MERGING_TYPES, OWN_TYPES, PROMPT_TYPES, PeftSettings
 from fedllm.tasks import CAUSAL_LM, TaskName
 from fedllm.wire.payload import Tensors
@@ -51,7 +52,8 @@ def save_adapter(
         (folder / CONFIG).write_text(json.dumps(config | {"base_model_name_or_path": name}), encoding="utf-8")
     else:
         tunable = skeleton(base, peft, task, labels)
-        state = _peft_state(tunable, tensors)
+        with quiet_peft():
+            state = _peft_state(tunable, tensors)
         found = tunable.model.peft_config["default"]
         found.base_model_name_or_path = name
         found.inference_mode = True
@@ -106,7 +108,8 @@ def load_adapter(base_model: Any, folder: str | Path) -> Any:
 
     found = json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8"))
     if found.get("library") != "fedllm":
-        return PeftModel.from_pretrained(base_model, str(folder)).eval()
+        with quiet_peft():
+            return PeftModel.from_pretrained(base_model, str(folder)).eval()
     peft = PeftSettings.model_validate({key: value for key, value in found.items() if key in PeftSettings.model_fields})
     tunable = TunableModel(base_model.requires_grad_(False), peft, found["task"])
     tensors = load_file(Path(folder) / WEIGHTS)

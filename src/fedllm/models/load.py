@@ -288,6 +288,11 @@ def load_base(
             fix="copy the model again, whole",
         )
     model.requires_grad_(False).eval()
+    for module in model.modules() if settings.load_in_4bit else ():
+        # On some processors bitsandbytes repacks a weight, with a loss, when it is first used outside of training:
+        # the bits would depend on whether evaluation came first.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     if not settings.quantization:
         model.to(device)
     return Base(model, tokenizer, digest, tokenizer_digest(tokenizer))

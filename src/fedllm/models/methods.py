@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -90,6 +91,14 @@ _IA3: dict[str, tuple[list[str], list[str]]] = {
     "albert": (["key", "value", "ffn_output"], ["ffn_output"]),
     "distilbert": (["k_lin", "v_lin", "lin2"], ["lin2"]),
 }
+_NEEDLESS = (
+    # Norms of families have classes of their own.
+    "Unsupported layer type .*Norm",
+    # VeRA's random matrices follow from a key; the same versions of the libraries make the same ones.
+    "Specified to not (save|load) vera_A and vera_B",
+    # Of experts that a tiny or an older model does not have.
+    "The following (rank|alpha)_pattern keys did not match",
+)
 _NO_CACHE = ("albert", "deberta-v2", "distilbert")
 
 
@@ -98,9 +107,7 @@ def _by_peft(base_model: Any, peft: PeftSettings, task: TaskName) -> Any:
 
     try:
         config = _config(base_model, peft, task)
-        with global_generators_kept(), warnings.catch_warnings():
-            # PEFT asks transformers for a property under its old name.
-            warnings.simplefilter("ignore", FutureWarning)
+        with global_generators_kept(), quiet_peft():
             return get_peft_model(base_model, config)
     except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as error:
         raise ModelError(
@@ -111,8 +118,20 @@ def _by_peft(base_model: Any, peft: PeftSettings, task: TaskName) -> Any:
         ) from None
 
 
+@contextmanager
+def quiet_peft() -> Iterator[None]:
+    """Keep back what PEFT warns of without need, for as long as the context lasts."""
+    with warnings.catch_warnings():
+        # It asks transformers for a property under its old name.
+        warnings.simplefilter("ignore", FutureWarning)
+        for message in _NEEDLESS:
+            warnings.filterwarnings("ignore", message)
+        yield
+
+
 def _config(base_model: Any, peft: PeftSettings, task: TaskName) -> Any:
     import peft as library
+    from transformers.pytorch_utils import Conv1D
 
     classes = {
         "LORA": library.LoraConfig,
@@ -131,6 +150,8 @@ def _config(base_model: Any, peft: PeftSettings, task: TaskName) -> Any:
     if peft.peft_type == "VERA":
         # The random matrices that all sites share follow from PEFT's key; as many bytes as a layer are not saved again.
         settings["save_projection"] = False
+    if peft.peft_type in ("LORA", "ADALORA", "VERA", "IA3"):
+        settings["fan_in_fan_out"] = any(isinstance(module, Conv1D) for module in base_model.modules())
     if peft.peft_type in PROMPT_TYPES:
         # PEFT looks for the names that most configs have; transformers knows each config's own.
         config = base_model.config
