@@ -106,9 +106,8 @@ def _by_peft(base_model: Any, peft: PeftSettings, task: TaskName) -> Any:
     from peft import get_peft_model
 
     try:
-        config = _config(base_model, peft, task)
         with global_generators_kept(), quiet_peft():
-            return get_peft_model(base_model, config)
+            return get_peft_model(base_model, _config(base_model, peft, task))
     except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as error:
         raise ModelError(
             "PEFT_TARGET",
