@@ -1,5 +1,5 @@
 # `make` alone lists the targets. Needs Python 3.11 or newer with venv; scripts/bootstrap.sh says what is missing.
-.PHONY: help setup demo test lint type docs reference check clean
+.PHONY: help setup demo test lint type docs reference conformance check clean
 .DEFAULT_GOAL := help
 
 BIN := .venv/bin
@@ -44,6 +44,11 @@ docs:
 reference:
 	@sh scripts/bootstrap.sh test,lint
 	@$(BIN)/python scripts/make_reference.py
+	@$(BIN)/python tests/conformance/table.py
+
+conformance:
+	@sh scripts/bootstrap.sh test,lint
+	@FEDLLM_CONFORMANCE=all $(BIN)/python -m pytest tests/conformance $(PYTEST)
 
 check: test docs
 

@@ -12,9 +12,9 @@ from families import FAMILIES, TASKS
 from fedllm.errors import ModelError
 from fedllm.models.adapter import skeleton
 from fedllm.models.settings import PeftSettings
-from fedllm.tasks import CLASSIFICATION, TaskName
+from fedllm.tasks import CLASSIFICATION, Task, TaskName
 
-LABELS = ["complaint", "question", "praise"]
+LABELS = ("complaint", "question", "praise")
 # Name in the table -> settings, small enough for a tiny model.
 METHODS: dict[str, dict[str, Any]] = {
     "LoRA": {"peft_type": "LORA", "r": 2},
@@ -49,9 +49,9 @@ class Combination:
         return PeftSettings.model_validate(METHODS[self.method])
 
     @property
-    def labels(self) -> list[str]:
-        """The labels, of a classifier."""
-        return LABELS if self.task == CLASSIFICATION else []
+    def whole_task(self) -> Task:
+        """The task with its labels."""
+        return Task(self.task, LABELS if self.task == CLASSIFICATION else ())
 
     def refusal(self, base: Path) -> str | None:
         """Return why the combination is refused before anything is loaded; None if it is allowed.
@@ -60,7 +60,7 @@ class Combination:
             base: The folder of a model of the family.
         """
         try:
-            skeleton(base, self.peft, self.task, self.labels)
+            skeleton(base, self.peft, self.whole_task)
         except ModelError as error:
             assert (error.code, bool(error.fix)) == ("PEFT_TARGET", True)
             return error.what

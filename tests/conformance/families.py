@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from tiny import make_tokenizer
 
-from fedllm.models.load import AUTO_CLASSES
-from fedllm.tasks import TaskName
+from fedllm.tasks import AUTO_CLASSES, TaskName
 
 _SIZES: dict[str, Any] = {
     "hidden_size": 16,
@@ -47,7 +46,13 @@ DECODERS: dict[str, dict[str, Any]] = {
     "gemma3_text": _GROUPED | {"head_dim": 8},
     "phi": _GROUPED,
     "phi3": _GROUPED,
-    "opt": {"hidden_size": 16, "ffn_dim": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "word_embed_proj_dim": 16}
+    "opt": {
+        "hidden_size": 16,
+        "ffn_dim": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "word_embed_proj_dim": 16,
+    }
     | {"max_position_embeddings": 64},
     "bloom": {"hidden_size": 16, "n_layer": 2, "n_head": 2},
     "gpt_neox": _SIZES,
@@ -69,6 +74,20 @@ TASKS: dict[TaskName, tuple[str, ...]] = {
 }
 
 
+def config_of(family: str) -> Any:
+    """Return the config of a tiny model.
+
+    Args:
+        family: A key of `FAMILIES`.
+    """
+    from transformers import AutoConfig
+
+    tokenizer = make_tokenizer()
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    start = {"decoder_start_token_id": tokenizer.pad_token_id} if family in ENCODER_DECODERS else {}
+    return AutoConfig.for_model(family, vocab_size=len(tokenizer), **special, **start, **FAMILIES[family])
+
+
 def save_family(family: str, task: TaskName, folder: Path) -> Path:
     """Write a random model of a family with its tokenizer into a folder and return it.
 
@@ -81,16 +100,14 @@ def save_family(family: str, task: TaskName, folder: Path) -> Path:
     """
     import transformers
     from tokenizers.processors import TemplateProcessing
-    from transformers import AutoConfig, AutoModel
+    from transformers import AutoModel
 
     tokenizer = make_tokenizer()
     # BART's classifier looks for the stop token.
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="$A <eos>", special_tokens=[("<eos>", tokenizer.eos_token_id)]
     )
-    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    start = {"decoder_start_token_id": tokenizer.pad_token_id} if family in ENCODER_DECODERS else {}
-    config = AutoConfig.for_model(family, vocab_size=len(tokenizer), **special, **start, **FAMILIES[family])
+    config = config_of(family)
     headless = task == "sequence_classification" and family in ENCODERS | DECODERS
     if family in ENCODER_DECODERS:
         task = "seq2seq_lm"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from combinations import METHODS, Combination, sample
+from combinations import LABELS, METHODS, Combination, sample
 from families import FAMILIES, TASKS, save_family
 from tiny import TinyFederation, records, write_jsonl
 
@@ -47,12 +47,12 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Bases:
 
 def federation_of(one: Combination, base: Path, make: Make) -> TinyFederation:
     job: dict[str, Any] = {"peft": METHODS[one.method], "data.task": one.task, "train.learning_rate": 0.02}
-    if one.labels:
-        job["data.labels"] = one.labels
+    if one.task == CLASSIFICATION:
+        job["data.labels"] = list(LABELS)
     federation = make(base=base, sizes=SIZES, job=job)
     for path in (federation.folder / "data").glob("*.jsonl") if one.task == CLASSIFICATION else ():
         rows = records(path.stem, len(path.read_text().splitlines()))
-        labelled = [{"text": row["prompt"], "label": one.labels[i % 3]} for i, row in enumerate(rows)]
+        labelled = [{"text": row["prompt"], "label": LABELS[i % 3]} for i, row in enumerate(rows)]
         write_jsonl(path, labelled)
     return federation
 
@@ -66,7 +66,7 @@ def held_out_loss(one: Combination, federation: TinyFederation, result: RunResul
     """Return the held-out loss of the delivered adapter, loaded on a fresh base model as a user would."""
     job, parties = federation.job(), federation.parties()
     site = open_site(job, parties)
-    base = load_base(job.model, folder=site.folder, task=one.task, labels=one.labels)
+    base = load_base(job.model, folder=site.folder, task=one.whole_task)
     model = load_adapter(base.model, result.path / "adapter")
     held_out = [party_tokens(site, located).held_out for located in parties]
     sums = [evaluate_examples(model, tokens, pad_id=base.tokenizer.pad_token_id, batch_size=4) for tokens in held_out]

@@ -10,6 +10,7 @@ import typer
 
 from fedllm.cli.output import print_json
 from fedllm.errors import ConfigError, ExitCode, ModelError, nearest
+from fedllm.tasks import CAUSAL_LM
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -49,6 +50,8 @@ def check(  # noqa: PLR0913 - each is an option of the command
         list[str] | None, typer.Option(help="Layout's column=name in the file, e.g. prompt=question.")
     ] = None,
     split: Annotated[str, typer.Option(help="Split of a folder or hub id.")] = "train",
+    task: Annotated[str, typer.Option(help="What is learnt, as `data.task` in job.yaml.")] = CAUSAL_LM,
+    label: Annotated[list[str] | None, typer.Option(help="A label of a classifier, once for each, in order.")] = None,
     show_rows: Annotated[bool, typer.Option("--show-rows", help="With --json: add the examples shown.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, without content of rows.")] = False,
 ) -> None:
@@ -56,7 +59,7 @@ def check(  # noqa: PLR0913 - each is an option of the command
     from fedllm.data.check import check_data
 
     source = _source(file, split, format_, _columns(column or []))
-    settings = _settings(max_length, chat_template_path)
+    settings = _settings(max_length, chat_template_path, task, label)
     with ExitStack() as files:
         folder = tokenizer or files.enter_context(_demo_tokenizer())
         report = check_data(source, settings, _load_tokenizer(folder), base_dir=Path.cwd())
@@ -100,11 +103,18 @@ def _source(file: str, split: str, format_: str, columns: dict[str, str]) -> Dat
     return DataSource.model_validate({"train": file, "train_split": split, "format": format_, "columns": columns})
 
 
-def _settings(max_length: int, chat_template_path: Path | None) -> DataSettings:
+def _settings(max_length: int, chat_template_path: Path | None, task: str, labels: list[str] | None) -> DataSettings:
+    from pydantic import ValidationError
+
     from fedllm.data.settings import DataSettings
 
     path = str(chat_template_path) if chat_template_path else None
-    return DataSettings(max_length=max_length, chat_template_path=path)
+    values = {"max_length": max_length, "chat_template_path": path, "task": task, "labels": labels or None}
+    try:
+        return DataSettings.model_validate(values)
+    except ValidationError as error:
+        what = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise ConfigError("BAD_VALUE", what, where="--task, --label", fix="see docs/reference/job-file.md") from None
 
 
 def _demo_tokenizer() -> AbstractContextManager[Path]:

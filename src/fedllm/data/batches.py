@@ -73,7 +73,9 @@ def collate(
 
     Without packing: `input_ids`, `attention_mask` (1 = token, 0 = padding), `labels` (-100 where not a target); row
     i is example i. Where the targets are apart, `input_ids` and `attention_mask` hold what the encoder reads, and
-    `labels` what the decoder answers; a classifier's `labels` are the label numbers, shape (R,). With packing: `input_ids`, `labels`, `position_ids` and `example_ids`; no attention mask,
+    `labels` what the decoder answers; a classifier's `labels` are the label numbers, shape (R,).
+
+    With packing: `input_ids`, `labels`, `position_ids` and `example_ids`; no attention mask,
     because transformers keeps packed examples apart only where none is given and `use_cache=False`. Positions start
     again at 0 with each example and with the padding; `example_ids` (not for the model) is the index of the example
     that a token is of, -1 for padding.

@@ -125,8 +125,8 @@ class ColumnMap:
 
     def candidates(self) -> tuple[str, ...]:
         """Return the layouts that fit `format` and use every mapped column."""
-        names = LAYOUTS if self.format == "auto" else (self.format,)
-        names = [name for name in names if (name == LABELLED) == (self.task == CLASSIFICATION)]
+        known = LAYOUTS if self.format == "auto" else (self.format,)
+        names = [name for name in known if (name == LABELLED) == (self.task == CLASSIFICATION)]
         return tuple(name for name in names if set(self.columns) <= set(canonical_columns(name)))
 
     def matching(self, fields: Mapping[str, Any]) -> tuple[str, ...]:

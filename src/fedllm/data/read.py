@@ -11,7 +11,7 @@ from fedllm.data.formats import BadRecord, ColumnMap, Example, closest_layout, s
 from fedllm.data.settings import DataSettings, DataSource, local_path
 from fedllm.data.sources import read_records
 from fedllm.errors import DataError, nearest
-from fedllm.tasks import CAUSAL_LM, TaskName
+from fedllm.tasks import TaskName
 
 _SHOWN = 5
 
@@ -64,8 +64,7 @@ def read_examples(
     split: str | None = None,
     format: str = "auto",
     columns: Mapping[str, str] | None = None,
-    text_field: str = "text",
-    task: TaskName = CAUSAL_LM,
+    settings: DataSettings | None = None,
 ) -> tuple[Example, ...]:
     """Return the examples of a source, in the order of the file.
 
@@ -75,23 +74,21 @@ def read_examples(
         split: Name of the split; None where the source has only one.
         format: `auto`, or the name of a layout.
         columns: Layout's column -> name in the file.
-        text_field: Column of plain text.
-        task: What is learnt.
+        settings: The job's `data` section, for the column of plain text and the task.
 
     Raises:
         DataError: The source cannot be used as it is: `DATA_NOT_FOUND`, `DATA_FORMAT_UNKNOWN`,
             `DATA_COLUMN_MISSING`, `DATA_BROKEN_LINE` or `DATA_EMPTY`.
     """
-    column_map = ColumnMap(format, dict(columns or {}), text_field, task)
+    settings = settings or DataSettings()
+    column_map = ColumnMap(format, dict(columns or {}), settings.dataset_text_field, settings.task)
     scan = scan_source(source, base_dir=base_dir, split=split, column_map=column_map)
     if scan.refusals:
         raise scan.refusals[0]
     return scan.examples
 
 
-def read_party_data(
-    source: DataSource, *, base_dir: Path, settings: DataSettings, seed: int, party: str
-) -> PartyData:
+def read_party_data(source: DataSource, *, base_dir: Path, settings: DataSettings, seed: int, party: str) -> PartyData:
     """Return a party's training and held-out examples.
 
     Args:
@@ -112,8 +109,7 @@ def read_party_data(
             split=split,
             format=source.format,
             columns=source.columns,
-            text_field=settings.dataset_text_field,
-            task=settings.task,
+            settings=settings,
         )
 
     train = read(source.train, source.train_split)

@@ -24,6 +24,7 @@ from fedllm.models.digest import json_digest
 from fedllm.models.settings import ModelSettings, PeftSettings
 from fedllm.scenarios import SCENARIOS
 from fedllm.scenarios.base import Scenario, ScenarioSettings
+from fedllm.tasks import Task
 from fedllm.train.settings import TrainSettings
 
 
@@ -133,6 +134,11 @@ class Job(BaseModel):
     def digest(self) -> str:
         """SHA-256 over all settings; two jobs with one digest have one plan."""
         return json_digest(self.model_dump(mode="json"))
+
+    @property
+    def task(self) -> Task:
+        """What the model is tuned to do."""
+        return Task(self.data.task, tuple(self.data.labels or ()))
 
     def table_line(self) -> Scenario:
         """Return the scenario's line in the table of scenarios."""

@@ -63,5 +63,5 @@ def kept_values(state: Mapping[str, torch.Tensor], mean_rank: float) -> dict[str
     kept = torch.zeros_like(flat)
     # A stable order: where some are equal, sites and places decide.
     kept[flat.argsort(descending=True, stable=True)[:count]] = 1
-    parts = kept.split([tensor.numel() for tensor in values.values()])
+    parts = torch.split(kept, [tensor.numel() for tensor in values.values()])
     return {name: part.reshape(values[name].shape) for name, part in zip(values, parts, strict=True)}

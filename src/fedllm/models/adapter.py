@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,11 @@ import torch
 
 from fedllm.models.adalora import budget, kept_values, penalty
 from fedllm.models.bottleneck import bottlenecks
-from fedllm.models.load import AUTO_CLASSES, model_config
+from fedllm.models.load import model_config
 from fedllm.models.methods import attach
 from fedllm.models.settings import OWN_TYPES, PROMPT_TYPES, PeftSettings
 from fedllm.seeds import global_generators_kept, stream
-from fedllm.tasks import CAUSAL_LM, TaskName
+from fedllm.tasks import AUTO_CLASSES, CAUSAL_LM, LANGUAGE, Task, TaskName
 from fedllm.wire.payload import Manifest, Tensors, TensorSpec, manifest_of
 
 # (generator, shape) -> first values.
@@ -188,19 +188,18 @@ def _draw_of(name: str, peft: PeftSettings) -> _Draw | None:
     return None
 
 
-def skeleton(folder: Path, peft: PeftSettings, task: TaskName = CAUSAL_LM, labels: Sequence[str] = ()) -> TunableModel:
+def skeleton(folder: Path, peft: PeftSettings, task: Task = LANGUAGE) -> TunableModel:
     """Return the model with what is tuned of it on the meta device: shapes and names, no weights.
 
     Args:
         folder: The base model's folder; only its config is read.
         peft: The tuning method.
         task: What the model is tuned to do.
-        labels: Of a classifier.
     """
     import transformers
 
-    config = model_config(folder, labels)
+    config = model_config(folder, task)
     with torch.device("meta"), global_generators_kept():
-        base_model = getattr(transformers, AUTO_CLASSES[task]).from_config(config)
+        base_model = getattr(transformers, AUTO_CLASSES[task.name]).from_config(config)
         base_model.requires_grad_(False)
-        return TunableModel(base_model, peft, task)
+        return TunableModel(base_model, peft, task.name)

@@ -62,9 +62,10 @@ def bottlenecks(model: nn.Module) -> list[Bottleneck]:
 def _blocks(model: nn.Module) -> list[nn.Module]:
     found: list[nn.Module] = []
     for module in model.modules():
-        is_block = isinstance(module, nn.ModuleList) and len(module) and _BLOCK.search(type(module[0]).__name__)
+        if not isinstance(module, nn.ModuleList) or not len(module) or not _BLOCK.search(type(module[0]).__name__):
+            continue
         # T5 keeps the parts of a block in a list of the same kind.
-        if is_block and not any(module is part for block in found for part in block.modules()):
+        if not any(module is part for block in found for part in block.modules()):
             found += list(module)
     return found
 

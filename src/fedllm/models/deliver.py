@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from fedllm.errors import ConfigError, ModelError
 from fedllm.models.adapter import TunableModel, skeleton
 from fedllm.models.methods import quiet_peft
 from fedllm.models.settings import MERGING_TYPES, OWN_TYPES, PROMPT_TYPES, PeftSettings
-from fedllm.tasks import CAUSAL_LM, TaskName
+from fedllm.tasks import LANGUAGE, Task
 from fedllm.wire.payload import Tensors
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -26,8 +26,7 @@ def save_adapter(
     base: Path,
     peft: PeftSettings,
     name: str,
-    task: TaskName = CAUSAL_LM,
-    labels: Sequence[str] = (),
+    task: Task = LANGUAGE,
 ) -> None:
     """Write an adapter in PEFT's layout, which `PeftModel.from_pretrained` and `load_adapter` read.
 
@@ -41,17 +40,20 @@ def save_adapter(
         peft: The tuning method.
         name: What the adapter's config calls the base model.
         task: What the model is tuned to do.
-        labels: Of a classifier.
     """
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
     if peft.peft_type in OWN_TYPES:
         state = dict(tensors)
-        config: dict[str, Any] = {"library": "fedllm", "task": task, **peft.model_dump(mode="json", exclude_none=True)}
+        config: dict[str, Any] = {
+            "library": "fedllm",
+            "task": task.name,
+            **peft.model_dump(mode="json", exclude_none=True),
+        }
         (folder / CONFIG).write_text(json.dumps(config | {"base_model_name_or_path": name}), encoding="utf-8")
     else:
-        tunable = skeleton(base, peft, task, labels)
+        tunable = skeleton(base, peft, task)
         with quiet_peft():
             state = _peft_state(tunable, tensors)
         found = tunable.model.peft_config["default"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,13 +15,7 @@ from fedllm.errors import ModelError, ResourceError
 from fedllm.models.digest import base_digest, tokenizer_digest
 from fedllm.models.settings import ModelSettings
 from fedllm.seeds import global_generators_kept, stream
-from fedllm.tasks import CAUSAL_LM, CLASSIFICATION, TaskName
-
-AUTO_CLASSES: dict[TaskName, str] = {
-    "causal_lm": "AutoModelForCausalLM",
-    "seq2seq_lm": "AutoModelForSeq2SeqLM",
-    "sequence_classification": "AutoModelForSequenceClassification",
-}
+from fedllm.tasks import AUTO_CLASSES, CLASSIFICATION, LANGUAGE, Task
 
 # What transformers raises on folders that it cannot make sense of.
 _LOADING = (OSError, ValueError, KeyError, ImportError, RuntimeError, AttributeError, TypeError, SafetensorError)
@@ -224,20 +217,20 @@ def check_quantisation(settings: ModelSettings) -> None:
         )
 
 
-def model_config(folder: Path, labels: Sequence[str] = ()) -> Any:
+def model_config(folder: Path, task: Task) -> Any:
     """Return the config of a base model, for a classifier with its labels in it.
 
     Args:
         folder: A folder from `find_base`.
-        labels: Of a classifier, in order.
+        task: What it is tuned to do.
     """
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    if labels:
-        config.num_labels = len(labels)
-        config.id2label = dict(enumerate(labels))
-        config.label2id = {label: index for index, label in enumerate(labels)}
+    if task.labels:
+        config.num_labels = len(task.labels)
+        config.id2label = dict(enumerate(task.labels))
+        config.label2id = {label: index for index, label in enumerate(task.labels)}
     return config
 
 
@@ -246,8 +239,7 @@ def load_base(
     *,
     folder: Path,
     device: str = "cpu",
-    task: TaskName = CAUSAL_LM,
-    labels: Sequence[str] = (),
+    task: Task = LANGUAGE,
 ) -> Base:
     """Return the frozen base model of a folder, in evaluation mode.
 
@@ -256,7 +248,6 @@ def load_base(
         folder: A folder from `find_base`.
         device: `cpu`, `cuda` or `cuda:N`.
         task: What it is tuned to do. A classifier gets a head, if the folder has none: the same one everywhere.
-        labels: Of a classifier, in order.
 
     Raises:
         ModelError: The weights cannot be loaded, or are not those the job names.
@@ -273,8 +264,8 @@ def load_base(
             fix="copy the base model that the job names",
         )
     tokenizer = load_tokenizer(folder)
-    model, missing = _from_pretrained(settings, folder, device, task, labels)
-    if task == CLASSIFICATION:
+    model, missing = _from_pretrained(settings, folder, device, task)
+    if task.name == CLASSIFICATION:
         if model.config.pad_token_id is None:
             # A decoder finds the last token of a text by what follows it.
             model.config.pad_token_id = tokenizer.pad_token_id
@@ -298,9 +289,7 @@ def load_base(
     return Base(model, tokenizer, digest, tokenizer_digest(tokenizer))
 
 
-def _from_pretrained(
-    settings: ModelSettings, folder: Path, device: str, task: TaskName, labels: Sequence[str]
-) -> tuple[Any, set[str]]:
+def _from_pretrained(settings: ModelSettings, folder: Path, device: str, task: Task) -> tuple[Any, set[str]]:
     """Return the model, and the names of the weights that the folder lacks."""
     import transformers
     from transformers.utils import logging as hf_logging
@@ -309,9 +298,9 @@ def _from_pretrained(
     hf_logging.disable_progress_bar()
     try:
         with global_generators_kept():
-            model, loaded = getattr(transformers, AUTO_CLASSES[task]).from_pretrained(
+            model, loaded = getattr(transformers, AUTO_CLASSES[task.name]).from_pretrained(
                 folder,
-                config=model_config(folder, labels),
+                config=model_config(folder, task),
                 output_loading_info=True,
                 dtype=getattr(torch, settings.dtype),
                 attn_implementation=settings.attn_implementation,
@@ -323,9 +312,9 @@ def _from_pretrained(
     except _LOADING as error:
         raise ModelError(
             "MODEL_NOT_FOUND",
-            f"transformers cannot load {folder} for {task} ({type(error).__name__}: {error})",
+            f"transformers cannot load {folder} for {task.name} ({type(error).__name__}: {error})",
             where="model.model_name_or_path",
-            fix=f"check the folder with {AUTO_CLASSES[task]}.from_pretrained",
+            fix=f"check the folder with {AUTO_CLASSES[task.name]}.from_pretrained",
         ) from None
     finally:
         if bars:

@@ -163,8 +163,8 @@ def _config(base_model: Any, peft: PeftSettings, task: TaskName) -> Any:
     if task == CLASSIFICATION and "modules_to_save" in settings:
         head = _head(base_model)
         settings["modules_to_save"] = sorted({*head, *(peft.modules_to_save or [])})
-        if peft.target_modules == "all-linear":
-            settings["target_modules"] = _linear_outside(base_model, head)
+    if peft.target_modules == "all-linear" and (task == CLASSIFICATION or _has_fused_experts(base_model)):
+        settings["target_modules"] = _linear(base_model, _head(base_model) if task == CLASSIFICATION else [])
     given = {key: value for key, value in settings.items() if value is not None}
     return classes[peft.peft_type](task_type=_TASK_TYPES[task], **given)
 
@@ -182,13 +182,22 @@ def _norms(base_model: Any) -> list[str]:
     return [name for name, module in base_model.named_modules() if type(module).__name__.endswith("Norm")]
 
 
-def _linear_outside(base_model: Any, head: list[str]) -> list[str]:
+def _has_fused_experts(base_model: Any) -> bool:
+    """Return whether PEFT would tune experts that lie in one tensor: all their factors as one product, which it is not.
+
+    That is fine for a mean of factors, and wrong for all that looks at products.
+    """
+    return any(parameter.dim() == 3 and ".experts." in name for name, parameter in base_model.named_parameters())
+
+
+def _linear(base_model: Any, head: list[str]) -> list[str]:
     from transformers.pytorch_utils import Conv1D
 
+    output = base_model.get_output_embeddings()
     return [
         name
         for name, module in base_model.named_modules()
-        if isinstance(module, torch.nn.Linear | Conv1D) and name.split(".")[0] not in head
+        if isinstance(module, torch.nn.Linear | Conv1D) and module is not output and name.split(".")[0] not in head
     ]
 
 

@@ -87,7 +87,9 @@ class PeftSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     peft_type: PeftType = Field("LORA", description="Tuning method.")
-    r: int | None = Field(None, ge=1, le=4096, description="LORA: rank of the factors, 8. VERA: of the shared ones, 256.")
+    r: int | None = Field(
+        None, ge=1, le=4096, description="LORA: rank of the factors, 8. VERA: of the shared ones, 256."
+    )
     lora_alpha: float | None = Field(
         None, gt=0, description="LORA, ADALORA: scale, 16: alpha / r, or alpha / sqrt(r) with rsLoRA."
     )
@@ -112,7 +114,9 @@ class PeftSettings(BaseModel):
         None, description="PREFIX_TUNING: make the prefix by a small network (false is P-Tuning v2)."
     )
     encoder_hidden_size: int | None = Field(
-        None, ge=1, description="P_TUNING, PREFIX_TUNING with projection: width of the small network; null: the model's."
+        None,
+        ge=1,
+        description="P_TUNING, PREFIX_TUNING with projection: width of the small network; null: the model's.",
     )
     bottleneck_size: int | None = Field(None, ge=1, description="BOTTLENECK: width of the adapter's middle, 64.")
     placement: Literal["pfeiffer", "houlsby"] | None = Field(

@@ -8,10 +8,12 @@ import statistics
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
+from fedllm.models.settings import OWN_TYPES
 from fedllm.runs.charts import number_text
 from fedllm.runs.jsonl import Row
 from fedllm.runs.report_data import RunRecord, added, read_run
 from fedllm.runs.report_panels import delivery_text, score_text
+from fedllm.tasks import AUTO_CLASSES, CAUSAL_LM, CLASSIFICATION, SEQ2SEQ_LM, TaskName
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff\u2028\u2029\u202a-\u202e\u2066-\u2069]+")
@@ -27,6 +29,11 @@ _SCORES = {
     "loss_nats": ("loss", "Loss, nats per target"),
     "perplexity_per_token": ("perplexity", "Perplexity per token"),
     "perplexity_per_byte": ("perplexity", "Perplexity per byte"),
+}
+_PIPELINES: dict[TaskName, str] = {
+    CAUSAL_LM: "text-generation",
+    SEQ2SEQ_LM: "text2text-generation",
+    CLASSIFICATION: "text-classification",
 }
 _SPLITS = {"common": "Test set that no party trained on", "held_out": "Held-out data of the parties"}
 
@@ -68,7 +75,7 @@ def model_card(run: Path) -> str:
             _training(record, parties),
             _result_text(record, results),
             _PROTECTION,
-            _loading(base),
+            _loading(record, base),
             _provenance(record),
         ]
     )
@@ -139,9 +146,10 @@ def _results(record: RunRecord) -> dict[str, dict[str, float]]:
 def _front_matter(record: RunRecord, *, name: str, base: str, results: dict[str, dict[str, float]]) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
+    pipeline = _PIPELINES[record.setting("data.task") or CAUSAL_LM]
     found = [
         EvalResult(
-            task_type="text-generation",
+            task_type=pipeline,
             dataset_type=f"federation-{split.replace('_', '-')}",
             dataset_name=_SPLITS[split],
             metric_type=_SCORES[metric][0],
@@ -154,8 +162,8 @@ def _front_matter(record: RunRecord, *, name: str, base: str, results: dict[str,
     method = one_line(record.setting("peft.peft_type") or "lora").lower()
     data = ModelCardData(
         base_model=base,
-        library_name="peft",
-        pipeline_tag="text-generation",
+        library_name="fedllm" if record.setting("peft.peft_type") in OWN_TYPES else "peft",
+        pipeline_tag=pipeline,
         tags=["fedllm", "federated-learning", method],
         model_name=name if found else None,
         eval_results=found or None,
@@ -221,16 +229,20 @@ def _others(rows: list[Row]) -> dict[str, dict[str, float]]:
     return {label: values for label, values in found.items() if values}
 
 
-def _loading(base: str) -> str:
-    name = json.dumps(base, ensure_ascii=False)
+def _loading(record: RunRecord, base: str) -> str:
+    name, auto_class = json.dumps(base, ensure_ascii=False), AUTO_CLASSES[record.setting("data.task") or CAUSAL_LM]
+    own = record.setting("peft.peft_type") in OWN_TYPES
+    library, load = ("fedllm", "load_adapter") if own else ("peft", "PeftModel.from_pretrained")
+    labels = {number: one_line(label) for number, label in enumerate(record.setting("data.labels") or ())}
+    head = f", id2label={labels!r}" if labels else ""
     return f"""## How to load it
 
 ```python
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from {library} import {load.partition(".")[0]}
+from transformers import {auto_class}, AutoTokenizer
 
 base = {name}  # a hub id, or the folder of your copy
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), "path/to/this/folder")
+model = {load}({auto_class}.from_pretrained(base{head}), "path/to/this/folder")
 tokenizer = AutoTokenizer.from_pretrained(base)
 ```
 

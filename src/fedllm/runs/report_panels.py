@@ -18,7 +18,13 @@ from fedllm.runs.charts import (
 from fedllm.runs.jsonl import Row
 from fedllm.runs.report_data import RunRecord, Values, added
 
-_TEXT_SCORES = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L", "bleu4": "BLEU-4", "accuracy": "Accuracy"}
+_TEXT_SCORES = {
+    "rouge1": "ROUGE-1",
+    "rouge2": "ROUGE-2",
+    "rougeL": "ROUGE-L",
+    "bleu4": "BLEU-4",
+    "accuracy": "Accuracy",
+}
 _SIZES = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "B"))
 # Above this share of a round's change, another rule for LoRA's factors is suggested.
 DRIFT_LIMIT = 0.1

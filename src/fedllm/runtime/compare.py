@@ -198,7 +198,7 @@ _JUDGED_BY = (("rougeL", "ROUGE-L"), ("accuracy", "accuracy"), ("loss_nats", "lo
 def verdict(rows: list[Scores]) -> tuple[float | None, str]:
     """Return the share of the gap that federation closes, and a sentence that says so.
 
-    The gap lies between the mean single party and pooled data, by ROUGE-L, by accuracy, or by loss where there is neither.
+    The gap lies between the mean single party and pooled data, by ROUGE-L, accuracy, or else loss.
 
     Args:
         rows: The table.

@@ -45,7 +45,7 @@ def export(run: Path, output: Path, *, merge: bool) -> Path:
         folder, device = base_folder(job, parties)
         # Into the whole weights: a quantised base would lose a part of what was learnt.
         model = job.model.model_copy(update={"load_in_8bit": False, "load_in_4bit": False})
-        base = load_base(model, folder=folder, device=device, task=job.data.task, labels=job.data.label_names)
+        base = load_base(model, folder=folder, device=device, task=job.task)
         merged(base.model, adapter).save_pretrained(output)
         base.tokenizer.save_pretrained(output)
         shutil.copyfile(adapter / "README.md", output / "README.md")

@@ -59,7 +59,7 @@ def judge(site: Site, test: TestSet, tensors: Tensors | None) -> dict[str, Any]:
         batch_size = evaluate.per_device_eval_batch_size
         sums = evaluate_examples(model, test.tokens, pad_id=tokenizer.pad_token_id, batch_size=batch_size)
         scores: dict[str, Any] = dict(sums.values())
-        asks = site.job.data.task != CLASSIFICATION
+        asks = site.job.task.name != CLASSIFICATION
         if asks and all(example.messages or example.prompt is not None for example in test.examples):
             settings = data_settings(site.job)
             prompts = [prompt_ids(example, tokenizer, settings) for example in test.examples]
@@ -69,10 +69,6 @@ def judge(site: Site, test: TestSet, tensors: Tensors | None) -> dict[str, Any]:
             scores |= asdict(score_texts(texts, [reference_text(example) for example in test.examples]))
             scores["samples"] = texts[:3]
     return scores
-
-
-def _read(data: Path, job: Job) -> tuple[Example, ...]:
-    return read_examples(str(data), base_dir=Path.cwd(), text_field=job.data.dataset_text_field, task=job.data.task)
 
 
 def final_tensors(path: Path, job: Job) -> Tensors:
@@ -112,7 +108,9 @@ def evaluate_run(path: Path, *, data: Path | None = None) -> list[dict[str, Any]
     if data is None and job.evaluate.test is None:
         raise ConfigError("MISSING_KEY", "the job names no common test set", where="--data", fix="name a test file")
     site = open_site(job, parties)
-    examples = common_examples(job) if data is None else _read(data, job)
+    examples = (
+        common_examples(job) if data is None else read_examples(str(data), base_dir=Path.cwd(), settings=job.data)
+    )
     test = test_set(site, examples)
     return [
         {"model": model, "kind": kind, "party": None, **judge(site, test, adapter)}

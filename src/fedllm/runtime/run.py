@@ -339,8 +339,7 @@ def _deliver(run: RunFolder, job: Job, parties: list[LocatedParty], tensors: Ten
             base=base,
             peft=job.peft,
             name=job.model.model_name_or_path,
-            task=job.data.task,
-            labels=job.data.label_names,
+            task=job.task,
         )
         shutil.rmtree(folder, ignore_errors=True)
         draft.replace(folder)

@@ -81,9 +81,7 @@ def open_site(job: Job, parties: list[LocatedParty], *, base: Base | None = None
     """
     torch.set_num_threads(job.runtime.num_threads)
     folder, device = base_folder(job, parties)
-    base = base or load_base(
-        job.model, folder=folder, device=device, task=job.data.task, labels=job.data.label_names
-    )
+    base = base or load_base(job.model, folder=folder, device=device, task=job.task)
     check_precision(job.train, torch.device(device))
     if job.data.packing:
         need_isolated_packing(base.model)
@@ -93,7 +91,7 @@ def open_site(job: Job, parties: list[LocatedParty], *, base: Base | None = None
         job=job,
         base=base,
         folder=folder,
-        model=TunableModel(base.model, job.peft, job.data.task),
+        model=TunableModel(base.model, job.peft, job.task.name),
         blobs=Blobs({}),
         common=common,
         common_digest=digest,
@@ -118,9 +116,7 @@ def common_examples(job: Job) -> tuple[Example, ...]:
     """
     if job.evaluate.test is None:
         return ()
-    found = read_examples(
-        job.evaluate.test, base_dir=job.base_dir, text_field=job.data.dataset_text_field, task=job.data.task
-    )
+    found = read_examples(job.evaluate.test, base_dir=job.base_dir, settings=job.data)
     return found[: job.evaluate.max_examples]
 
 

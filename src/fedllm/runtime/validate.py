@@ -75,7 +75,7 @@ def validate(job: Job, parties: list[LocatedParty]) -> Facts:
         "tokenizer": tokenizer_digest(tokenizer),
         "template": template_digest(tokenizer, settings),
     }
-    tunable = _collect(errors, lambda: skeleton(folder, job.peft, job.data.task, job.data.label_names))
+    tunable = _collect(errors, lambda: skeleton(folder, job.peft, job.task))
     facts = [_collect(errors, partial(_party_facts, job, located, tokenizer)) for located in parties]
     common = _collect(errors, lambda: _tokens(common_examples(job), tokenizer, job, "evaluate.test"))
     if job.model.base_digest not in (None, digests["base"]):
