@@ -25,8 +25,8 @@ def test_front_matter_is_what_the_hub_expects(run: Path) -> None:
     assert {"fedllm", "federated-learning", "lora"} <= set(data.tags)
     found = {(result.dataset_type, result.metric_name): result.metric_value for result in data.eval_results}
     assert found["federation-common", "ROUGE-L"] == 75.8
-    assert found["federation-common", "Loss, nats per token"] == 0.452
-    assert found["federation-held-out", "Loss, nats per token"] == pytest.approx(
+    assert found["federation-common", "Loss, nats per target"] == 0.452
+    assert found["federation-held-out", "Loss, nats per target"] == pytest.approx(
         1.02 * (0.35 + 2.6 * 0.78**10 + 0.004), abs=1e-4
     )
 
@@ -64,7 +64,7 @@ def test_base_model_is_the_one_in_the_adapters_own_config(run: Path, known_as: s
 def test_without_a_comparison_the_losses_are_the_results(run: Path) -> None:
     (run / "comparison.json").unlink()
     names = {result.metric_name for result in ModelCard(model_card(run)).data.eval_results}
-    assert names == {"Loss, nats per token", "Perplexity per token", "Perplexity per byte"}
+    assert names == {"Loss, nats per target", "Perplexity per token", "Perplexity per byte"}
 
 
 def test_a_folder_with_only_a_job_gives_a_card(tmp_path: Path) -> None:

@@ -308,7 +308,7 @@ def test_text_scores_by_round_are_drawn(run: Path) -> None:
             row = {"round": number, "party": None, "split": "common", "name": "rougeL", "value": 30.0 + number}
             file.write(json.dumps(row) + "\n")
     page = rendered(run)
-    assert "Text scores on the common test set" in page.text("h3")
+    assert "Scores on the common test set" in page.text("h3")
 
 
 def test_numbers_that_are_none_break_the_line_and_a_torn_row_is_passed_over(run: Path) -> None:

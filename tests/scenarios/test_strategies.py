@@ -278,6 +278,9 @@ class OneNumber:
     def only(self, names: Any) -> Any:
         return nullcontext()
 
+    def shrunk(self, number: int, num_rounds: int) -> Any:
+        return nullcontext()
+
     def train(self, task: Any, optimizer: torch.optim.Optimizer) -> TrainSums:
         self.trainable["w"].grad = torch.ones(1)
         for correct in task.corrections:

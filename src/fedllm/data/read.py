@@ -258,8 +258,18 @@ def _missing_columns(columns: tuple[str, ...], column_map: ColumnMap, where: str
         "DATA_COLUMN_MISSING",
         f"no record has a column {missing[0]!r}; found: {show_columns(columns)}",
         where=where,
-        fix=_nearest_column(missing[0], columns) or "correct `columns` or `format`",
+        fix=_nearest_column(missing[0], columns) or _mapping(column_map, columns) or "correct `columns` or `format`",
     )
+
+
+def _mapping(column_map: ColumnMap, columns: tuple[str, ...]) -> str:
+    layout, mapping = closest_layout(columns, column_map.task)
+    fits = not column_map.columns and layout in column_map.candidates() and mapping
+    return f"map the columns: `columns: {{{_pairs(mapping)}}}`" if fits else ""
+
+
+def _pairs(mapping: Mapping[str, str]) -> str:
+    return ", ".join(f"{column}: {name}" for column, name in mapping.items())
 
 
 def _nearest_column(name: str, columns: tuple[str, ...]) -> str:
@@ -274,8 +284,7 @@ def _unknown(columns: tuple[str, ...], where: str, task: TaskName) -> DataError:
     layout, mapping = closest_layout(columns, task)
     fix = f"the nearest layout is `{layout}`"
     if mapping:
-        pairs = ", ".join(f"{column}: {name}" for column, name in mapping.items())
-        fix += f"; if that is meant, map its columns: `columns: {{{pairs}}}`"
+        fix += f"; if that is meant, map its columns: `columns: {{{_pairs(mapping)}}}`"
     if len(columns) == 1 and any(mark in columns[0] for mark in ";\t"):
         fix = "the cells seem to be separated by semicolons or tabs; save the file with commas"
     what = f"the records have no known layout; columns found: {show_columns(columns)}"

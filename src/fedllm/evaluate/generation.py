@@ -65,6 +65,7 @@ def _generate(model: Any, prompts: list[list[int]], stops: list[int], new_tokens
         use_cache=True,
         pad_token_id=pad,
         eos_token_id=stops or None,
+        decoder_start_token_id=getattr(model.config, "decoder_start_token_id", None),
     )
     generated = model.generate(
         input_ids=torch.tensor(rows, device=device),

@@ -111,7 +111,7 @@ def load_adapter(base_model: Any, folder: str | Path) -> Any:
     found = json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8"))
     if found.get("library") != "fedllm":
         with quiet_peft():
-            return PeftModel.from_pretrained(base_model, str(folder)).eval()
+            return PeftModel.from_pretrained(base_model, str(folder)).requires_grad_(False).eval()
     peft = PeftSettings.model_validate({key: value for key, value in found.items() if key in PeftSettings.model_fields})
     tunable = TunableModel(base_model.requires_grad_(False), peft, found["task"])
     tensors = load_file(Path(folder) / WEIGHTS)

@@ -86,6 +86,11 @@ def _checked(folder: Path) -> Path:
             raise _unsafe(
                 f"{path} asks to run code of its own (`{key}`)", "use a model whose code is part of transformers"
             )
+    if "quantization_config" in _read_config(config_path):
+        raise _unsafe(
+            f"{config_path} asks for a quantisation of its own",
+            "name the whole model, and set `model.load_in_8bit` or `model.load_in_4bit`",
+        )
     if (folder / "adapter_config.json").exists():
         # transformers would load the base model that the adapter names, from wherever that is.
         raise _unsafe(f"{folder} holds an adapter, not a base model", "name the base model, or merge the adapter first")

@@ -104,6 +104,9 @@ class _Rehearsal:
     def only(self, names: Iterable[str]) -> AbstractContextManager[None]:
         return nullcontext()
 
+    def shrunk(self, number: int, num_rounds: int) -> AbstractContextManager[None]:
+        return nullcontext()
+
 
 class _NoTraining:
     def train(self, task: TrainTask, optimizer: torch.optim.Optimizer) -> TrainSums:
