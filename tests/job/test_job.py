@@ -195,6 +195,13 @@ def test_values_that_cannot_hold_together_are_refused_with_a_mend(changes: dict[
     assert error.fix
 
 
+def test_an_override_can_be_a_whole_mapping(tmp_path: Path) -> None:
+    job = job_of(tmp_path, {"peft": {"r": 4}}, ["peft={peft_type: PREFIX_TUNING, num_virtual_tokens: 5}"])
+    assert (job.peft.peft_type, job.peft.num_virtual_tokens, job.peft.r) == ("PREFIX_TUNING", 5, None)
+    assert job.origins["peft"] == "flag"
+    assert refused(tmp_path, {}, ["peft={r}"]).code == "BAD_VALUE"
+
+
 def test_overrides_win_and_every_value_knows_where_it_came_from(tmp_path: Path) -> None:
     overrides = ["train.learning_rate=3e-5", "parties=[a, b, c]", "train.bf16=true", "evaluate.max_new_tokens=5"]
     job = job_of(tmp_path, {"seed": 3}, overrides)

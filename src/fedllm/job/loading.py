@@ -71,8 +71,13 @@ def _apply(file: YamlFile, override: str, origins: Origins) -> None:
 
 
 def _override_value(text: str) -> Any:
+    """Return a scalar, `[a, b]` as a list, or `{a: b, c: d}` as a mapping; none of them within another."""
+    items = [item.strip() for item in text[1:-1].split(",") if item.strip()]
     if text.startswith("[") and text.endswith("]"):
-        return [plain_value(item.strip()) for item in text[1:-1].split(",") if item.strip()]
+        return [plain_value(item) for item in items]
+    pairs = [item.partition(": ") for item in items]
+    if text.startswith("{") and text.endswith("}") and all(colon for _, colon, _ in pairs):
+        return {key.strip(): plain_value(value.strip()) for key, _, value in pairs}
     return plain_value(text)
 
 
