@@ -181,9 +181,13 @@ def _token_facts(tokens: TokenCounts, template_writes_stop: bool | None) -> list
     stop = f"trained in {tokens.stop_trained} examples"
     if template_writes_stop is False:
         stop += "; put after the answer, the template does not write it"
+    cut_off = ("cut off", f"{tokens.truncated} examples longer than max_length = {tokens.max_length}")
+    if tokens.labels:
+        labels = ", ".join(f"{_visible(label)} {count}" for label, count in tokens.labels.items())
+        return [("tokens", str(tokens.tokens)), ("labels", labels), cut_off]
     return [
         ("tokens", f"{tokens.tokens}, of which {tokens.target_tokens} trained"),
-        ("cut off", f"{tokens.truncated} examples longer than max_length = {tokens.max_length}"),
+        cut_off,
         ("dropped", f"{tokens.dropped} examples without a token to train"),
         ("stop token", stop),
     ]
@@ -223,9 +227,14 @@ def _print_problems(console: Console, report: DataReport) -> None:
 
 
 def _print_preview(console: Console, preview: Preview) -> None:
+    cut = ", cut off" if preview.truncated else ""
+    if preview.label is not None:
+        label = _visible(preview.label)
+        console.print(f"\n{preview.place}: {preview.num_tokens} tokens, label {label}{cut}", style="bold")
+        console.print(_marked(preview, in_colour=False))
+        return
     in_colour = console.color_system is not None and not console.no_color
     ends = "stop token trained" if preview.stop_trained else "stop token NOT trained"
-    cut = ", cut off" if preview.truncated else ""
     console.print(
         f"\n{preview.place}: {preview.num_tokens} tokens, {preview.num_targets} trained "
         f"({'underlined' if in_colour else 'in [[ ]]'}), {ends}{cut}",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,13 +32,14 @@ class Piece:
 
 @dataclass(frozen=True)
 class Preview:
-    """One example with its mask; `stop_trained` is whether the model learns to end the answer."""
+    """One example with its mask, or its label; `stop_trained` is whether the model learns to end the answer."""
 
     place: Place
     num_tokens: int
     num_targets: int
     truncated: bool
     stop_trained: bool
+    label: str | None
     pieces: tuple[Piece, ...]
 
 
@@ -53,7 +55,7 @@ class Lengths:
 
 @dataclass(frozen=True)
 class TokenCounts:
-    """What training would see of a source."""
+    """What training would see of a source; `labels` counts a classifier's, in the job's order."""
 
     max_length: int
     lengths: Lengths
@@ -62,6 +64,7 @@ class TokenCounts:
     truncated: int
     dropped: int
     stop_trained: int
+    labels: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -169,7 +172,7 @@ def check_data(
         template_digest=_template_digest(tokenizer, settings),
         template_writes_stop=None if tokenised.refusal else _template_writes_stop(scan, tokenizer, settings),
         tokens=_counts(tokenised, settings, stop_id(tokenizer)) if tokenised.whole else None,
-        previews=_previews(scan, tokenised, tokenizer, num_previews),
+        previews=tuple(islice(_previews(scan, tokenised, tokenizer, settings), num_previews)),
         refusals=tuple(refusals),
     )
 
@@ -204,6 +207,7 @@ def _counts(tokenised: _Tokenised, settings: DataSettings, stop: int) -> TokenCo
         truncated=sum(example.truncated for example in tokenised.cut),
         dropped=len(tokenised.cut) - len(kept),
         stop_trained=sum(_trains_stop(example, stop) for example in kept),
+        labels={name: sum(example.label == i for example in kept) for i, name in enumerate(settings.label_names)},
     )
 
 
@@ -265,23 +269,27 @@ def _template_writes_stop(scan: Scan, tokenizer: PreTrainedTokenizerBase, settin
 
 
 def _previews(
-    scan: Scan, tokenised: _Tokenised, tokenizer: PreTrainedTokenizerBase, num_previews: int
-) -> tuple[Preview, ...]:
-    """Return the first, the longest and the shortest example, then those that follow."""
+    scan: Scan, tokenised: _Tokenised, tokenizer: PreTrainedTokenizerBase, settings: DataSettings
+) -> Iterator[Preview]:
+    """Yield the first, the longest and the shortest example, then those that follow."""
     if not tokenised.cut:
-        return ()
+        return
     by_length = sorted(range(len(tokenised.whole)), key=lambda i: len(tokenised.whole[i].input_ids))
     chosen = dict.fromkeys([0, by_length[-1], by_length[0], *range(len(tokenised.cut))])
-    return tuple(_preview(scan.places[i], tokenised.cut[i], tokenizer) for i in list(chosen)[:num_previews])
+    for i in chosen:
+        yield _preview(scan.places[i], tokenised.cut[i], tokenizer, settings.label_names)
 
 
-def _preview(place: Place, example: TokenisedExample, tokenizer: PreTrainedTokenizerBase) -> Preview:
+def _preview(
+    place: Place, example: TokenisedExample, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str]
+) -> Preview:
     return Preview(
         place=place,
         num_tokens=len(example.input_ids),
         num_targets=example.num_targets,
         truncated=example.truncated,
         stop_trained=_trains_stop(example, stop_id(tokenizer)),
+        label=None if example.label is None else labels[example.label],
         pieces=tuple(show_tokens(example, tokenizer)),
     )
 
