@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny import write_jsonl
 
 from fedllm.errors import ConfigError
 from fedllm.train.hf_trainer import HFTrainer
@@ -20,11 +22,27 @@ def adapter(result: Any) -> dict[str, torch.Tensor]:
     return load_file(result.adapter / "adapter_model.safetensors")
 
 
-@pytest.mark.parametrize("changes", [{}, {"train.gradient_accumulation_steps": 2, "train.optimizer_state": "reset"}])
+SGD = {"train.optim": "sgd", "train.learning_rate": 0.05}
+CHANGES: dict[str, dict[str, Any]] = {
+    "as it comes": {},
+    "accumulated": {"train.gradient_accumulation_steps": 2, "train.optimizer_state": "reset"},
+    "pulled": SGD | {"federation.strategy": {"name": "FedProx", "proximal_mu": 1.0}},
+    "control variates": SGD | {"federation.strategy": {"name": "SCAFFOLD"}},
+    "AdaLoRA": SGD | {"peft": {"peft_type": "ADALORA", "init_r": 4, "target_r": 2, "target_modules": ["q_proj"]}},
+    "prompts": SGD | {"peft": {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 3}},
+    "bottlenecks": SGD | {"peft": {"peft_type": "BOTTLENECK", "bottleneck_size": 4}},
+    "labels": SGD | {"data.task": "sequence_classification", "data.labels": ["red", "blue"], "peft": {"r": 2}},
+}
+
+
+@pytest.mark.parametrize("changes", CHANGES.values(), ids=CHANGES)
 def test_transformers_trainer_gives_the_same_adapter_as_ours(make_federation: Any, changes: dict[str, Any]) -> None:
     from transformers import Trainer
 
     federation = make_federation(job=changes)
+    for path in (federation.folder / "data").glob("*.jsonl") if "data.labels" in changes else ():
+        rows = [{"text": json.loads(line)["prompt"], "label": i % 2} for i, line in enumerate(path.open())]
+        write_jsonl(path, rows)
     ours = adapter(federation.run("ours"))
     theirs = adapter(federation.run("theirs", trainer=HFTrainer(Trainer)))
     assert ours.keys() == theirs.keys()
