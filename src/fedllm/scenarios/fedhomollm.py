@@ -17,7 +17,7 @@ that c stays the mean of the c_i.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -26,12 +26,11 @@ import torch
 from pydantic import Field
 
 from fedllm.aggregate.lora import LoraRule, drift, moving, sites, sketch, travelling, truncated_product
-from fedllm.aggregate.robust import COORDINATEWISE, RobustSettings, Update, robust_mean, weighted_sum
+from fedllm.aggregate.robust import RobustSettings, Update, robust_mean, weighted_sum
 from fedllm.aggregate.server import StrategySettings, server_step
 from fedllm.data.batches import BatchOrder
 from fedllm.errors import PayloadError, RunFailed, RunPaused
 from fedllm.evaluate.loss import LossSums, evaluate_examples
-from fedllm.models.settings import PeftSettings
 from fedllm.scenarios.base import (
     ClientContext,
     Decode,
@@ -46,39 +45,16 @@ from fedllm.scenarios.base import (
     as_it_is,
     collect,
 )
+from fedllm.scenarios.fedhomollm_settings import Settings, clashes, needs_each
 from fedllm.seeds import stream
 from fedllm.train.base import TrainTask
 from fedllm.train.corrections import Correction, control_variate, decoupled_proximal, next_control, proximal
 from fedllm.train.optimizer import learning_rates, load_optimizer_tensors, make_optimizer, optimizer_tensors
-from fedllm.train.settings import TrainSettings
 from fedllm.wire.codecs import Codec, CodecSettings
 from fedllm.wire.frame import check_manifest
 from fedllm.wire.payload import Manifest, Payload, TensorMap, Tensors, TensorSpec, manifest_of
 
 Split = Literal["held_out", "common"]
-
-
-class Settings(ScenarioSettings):
-    """The job's `federation` section for FedHomoLLM."""
-
-    strategy: StrategySettings = Field(StrategySettings(), description="The server's optimiser.")
-    lora_rule: LoraRule = Field(
-        "FedIT",
-        description="LoRA: average both factors (FedIT), only B (FFA-LoRA), B and A in turns (RoLoRA), or the products "
-        "(FlexLoRA).",
-    )
-    robust: RobustSettings = Field(RobustSettings(), description="What bears dishonest parties.")
-    codec: CodecSettings = Field(CodecSettings(), description="How updates are encoded on their way up.")
-    drift_meter: bool = Field(
-        True, description="Measure how far the mean of LoRA's factors is from the mean of their products (FedIT)."
-    )
-    weight_by: Literal["examples", "tokens", "equal"] = Field(
-        "examples", description="A party's weight in the mean: its training examples, its target tokens, or 1."
-    )
-    eval_every: int = Field(1, ge=0, description="Evaluate the global adapter every so many rounds; 0 = never.")
-    keep: Literal["best", "last"] = Field(
-        "best", description="Deliver the round of lowest held-out loss (where held-out data exist), or the last."
-    )
 
 
 class SendInitial(Payload):
@@ -136,7 +112,7 @@ class Server:
         manifest = manifest_of(adapter)
         # What travels, and what becomes of it here.
         expected, decode = answer(settings, manifest, number), _decoder(settings, manifest, number, self._seed)
-        if _needs_each(settings):
+        if needs_each(settings):
             total, answers = collect(federation, request, round_=number, to=cohort, manifest=expected, decode=decode)
             self._check_quorum(total, number)
             total = replace(total, means=_combined(settings, adapter, answers))
@@ -212,11 +188,6 @@ class Server:
         return RoundResult(_with_best(state, totals["held_out"]), rows, failures)
 
 
-def _needs_each(settings: Settings) -> bool:
-    """Return whether the server must see each party's update; a sum of them is enough otherwise."""
-    return settings.robust.name != "none" or settings.lora_rule == "FlexLoRA"
-
-
 def _combined(settings: Settings, adapter: Tensors, answers: list[tuple[str, Summand]]) -> Tensors:
     updates = [Update(party, answer.weight, _select("update", answer.tensors)) for party, answer in answers]
     if settings.robust.name != "none":
@@ -226,75 +197,12 @@ def _combined(settings: Settings, adapter: Tensors, answers: list[tuple[str, Sum
     return _prefixed("update", means | truncated_product(adapter, [update.tensors for update in updates], shares))
 
 
-def clashes(
-    settings: Settings, train: TrainSettings, peft: PeftSettings, parties: Sequence[str]
-) -> Iterator[tuple[str, str, str]]:
-    """Yield what cannot be asked together, as (key, what, fix).
-
-    Args:
-        settings: The scenario's.
-        train: The job's `train` section.
-        peft: Its `peft` section.
-        parties: Its parties.
-    """
-    strategy, robust = settings.strategy, settings.robust
-    if strategy.name == "SCAFFOLD" and train.optim != "sgd":
-        what = f"SCAFFOLD's control variates are mean gradients under plain SGD only, not under {train.optim} (E17)"
-        yield "train.optim", what, "set `optim: sgd` (with a higher learning_rate), or another `federation.strategy`"
-    if strategy.name == "SCAFFOLD" and _needs_each(settings):
-        what = "SCAFFOLD's control variates are means, which the rule that looks at each update does not make"
-        yield "federation.strategy", what, "set another `strategy`, or leave `robust` and FlexLoRA out"
-    if strategy.name == "SCAFFOLD" and settings.codec.name != "fp32":
-        what = f"control variates must arrive whole, not as {settings.codec.name}, or their mean is not the server's"
-        yield "federation.codec", what, "set `codec: {name: fp32}`, or another `strategy`"
-    if settings.lora_rule == "FlexLoRA":
-        yield from _clashes_of_flexlora(settings, train, peft)
-    yield from _clashes_of_robust(settings, parties)
-    if robust.name in COORDINATEWISE and settings.lora_rule == "FedIT":
-        what = f"{robust.name} compares coordinates, and LoRA's product has none in common while both factors move"
-        yield "federation.robust", what, "set `lora_rule: RoLoRA` or FFA-LoRA, or a rule such as MultiKrum"
-
-
-def _clashes_of_flexlora(
-    settings: Settings, train: TrainSettings, peft: PeftSettings
-) -> Iterator[tuple[str, str, str]]:
-    key, new = "federation.lora_rule", "FlexLoRA takes new axes for the factors in every round"
-    plain = settings.strategy.name in ("FedAvg", "FedProx") and settings.strategy.server_learning_rate == 1
-    if not plain:
-        what = f"{new}, so a server's momentum or step size has no meaning"
-        yield key, what, "set `strategy: {name: FedAvg}`, or another `lora_rule`"
-    if train.optim != "sgd" and train.optimizer_state == "keep":
-        what = f"{new}, so what {train.optim} remembers of the last one does not fit"
-        yield key, what, "set `train.optimizer_state: reset`"
-    if settings.robust.name != "none":
-        what = f"FlexLoRA and {settings.robust.name} would both take the mean's place"
-        yield key, what, "set another `lora_rule`, or leave `robust` out"
-    if settings.codec.error_feedback:
-        what = f"{new}, so what a codec lost of the last update does not fit"
-        yield key, what, "set `codec.error_feedback: false`"
-    if peft.use_dora:
-        yield key, "with DoRA the model is not linear in the product that FlexLoRA keeps", "set `use_dora: false`"
-
-
-def _clashes_of_robust(settings: Settings, parties: Sequence[str]) -> Iterator[tuple[str, str, str]]:
-    robust, least = settings.robust, settings.robust.least_parties()
-    if settings.min_parties < least:
-        bears = f" to bear {robust.num_malicious} of them" if robust.num_malicious else ""
-        what = f"{robust.name} needs {least} answers{bears}, and min_parties is {settings.min_parties} (E21)"
-        yield "federation.min_parties", what, f"set `min_parties` to {least} or more, or lower num_malicious"
-    if robust.root_party is not None and robust.root_party not in parties:
-        yield "federation.robust", f"the root party {robust.root_party!r} is no party of the job", "name one of them"
-    if robust.root_party is not None and settings.fraction_train < 1:
-        what = "FLTrust needs its root party in every round, and fraction_train draws some of the parties"
-        yield "federation.fraction_train", what, "set `fraction_train: 1.0`"
-
-
 def _sent(settings: Settings, adapter: Tensors) -> Tensors:
     return {name: adapter[name] for name in travelling(settings.lora_rule, adapter)}
 
 
 def _meets_drift(settings: Settings) -> bool:
-    return settings.drift_meter and settings.lora_rule == "FedIT" and not _needs_each(settings)
+    return settings.drift_meter and settings.lora_rule == "FedIT" and not needs_each(settings)
 
 
 def _coded(settings: Settings, adapter: Manifest, number: int) -> Manifest:
