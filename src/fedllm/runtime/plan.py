@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +146,7 @@ def rehearse(job: Job, facts: Facts) -> Traffic:
         up={party: of(party, "up") for party in job.parties},
         down={party: of(party, "down") for party in job.parties},
         total=first + round(usual * job.federation.num_rounds),
-        most_up=_most_up(job, ledger, rounds),
+        most_up=_most_up(job, facts, ledger, rounds),
     )
 
 
@@ -155,17 +155,32 @@ def _bytes_of(ledger: ByteLedger, rounds: int, party: str, way: str) -> int:
     return round(sum(counts) / rounds)
 
 
-def _most_up(job: Job, ledger: ByteLedger, rounds: int) -> dict[str, Upload]:
-    # Any party may be drawn in every round, and then sends what the largest sender of the rehearsal did.
-    later = max(
-        num_bytes
-        for number in range(1, rounds + 1)
-        for (_, way), num_bytes in ledger.of_round(number).items()
-        if way == "up"
-    )
+def _most_up(job: Job, facts: Facts, ledger: ByteLedger, rounds: int) -> dict[str, Upload]:
+    """Return the most that each party may send.
+
+    Any party may be drawn in every round, and then sends what the largest sender of the rehearsal did, but for what
+    the two send that differs by the settings.
+    """
+
+    @cache
+    def size(party: str, number: int) -> int:
+        manifest = job.table_line().answer(job.federation, facts.skeleton.manifest, number, party)
+        return sum(spec.num_bytes for spec in manifest.values())
+
+    def later(party: str) -> int:
+        return max(
+            num_bytes - size(sender, number) + size(party, number)
+            for number in range(1, rounds + 1)
+            for (sender, way), num_bytes in ledger.of_round(number).items()
+            if way == "up"
+        )
+
     starts = {party: ledger.of_round(0).get((party, "up"), 0) for party in job.parties}
-    total = later * job.federation.num_rounds
-    return {party: Upload(max(start, later), start + total) for party, start in starts.items()}
+    most = {party: later(party) for party in job.parties}
+    return {
+        party: Upload(max(start, most[party]), start + most[party] * job.federation.num_rounds)
+        for party, start in starts.items()
+    }
 
 
 def _talk(job: Job, facts: Facts, run: RunFolder) -> ByteLedger:

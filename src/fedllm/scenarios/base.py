@@ -70,17 +70,30 @@ class Total:
     failures: dict[str, str]
 
 
-# What an answer's tensors are summed as.
-Decode = Callable[[Mapping[str, torch.Tensor]], Mapping[str, torch.Tensor]]
+# What a party's answer holds: the same for all, or as the party says.
+Manifests = Manifest | Callable[[str], Manifest]
+# (party, tensors of its answer) -> what they are summed as.
+Decode = Callable[[str, Mapping[str, torch.Tensor]], Mapping[str, torch.Tensor]]
 
 
-def as_it_is(tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+def as_it_is(party: str, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
     """Return the tensors: nothing was encoded.
 
     Args:
-        tensors: An answer's.
+        party: Whose answer it is.
+        tensors: The answer's.
     """
     return tensors
+
+
+def manifest_for(party: str, manifests: Manifests) -> Manifest:
+    """Return what a party's answer holds.
+
+    Args:
+        party: The party.
+        manifests: For all alike, or by party.
+    """
+    return manifests(party) if callable(manifests) else manifests
 
 
 class Federation(Protocol):
@@ -96,7 +109,7 @@ class Federation(Protocol):
         ...
 
     def total(
-        self, request: Payload, *, round_: int, to: Sequence[str], manifest: Manifest, decode: Decode = as_it_is
+        self, request: Payload, *, round_: int, to: Sequence[str], manifest: Manifests, decode: Decode = as_it_is
     ) -> Total:
         """Return the weighted sum of the answers (each a `Summand`) and who is in it, nothing else.
 
@@ -111,7 +124,7 @@ def collect(
     *,
     round_: int,
     to: Sequence[str],
-    manifest: Manifest,
+    manifest: Manifests,
     decode: Decode = as_it_is,
 ) -> tuple[Total, list[tuple[str, Summand]]]:
     """Return what `total` does but for the means, and each party's answer, in the order of `to`.
@@ -130,7 +143,7 @@ def collect(
     failures: dict[str, str] = {}
     for reply in federation.ask(request, round_=round_, to=to):
         try:
-            found[reply.party] = _summand(reply, manifest, decode)
+            found[reply.party] = _summand(reply, manifest_for(reply.party, manifest), decode)
         except PayloadError as error:
             failures[reply.party] = error.code
     answers = [(party, found[party]) for party in to if party in found]
@@ -148,7 +161,7 @@ def _summand(reply: Reply, manifest: Manifest, decode: Decode) -> Summand:
     if not isinstance(reply.payload, Summand):
         raise PayloadError("PAYLOAD_REFUSED", "the answer is not a summand", where=reply.party)
     check_manifest(reply.payload.tensors, manifest, sender=reply.party)
-    tensors = dict(decode(reply.payload.tensors))
+    tensors = dict(decode(reply.party, reply.payload.tensors))
     check_finite(tensors, sender=reply.party)
     return reply.payload.model_copy(update={"tensors": tensors})
 
@@ -235,8 +248,8 @@ class Scenario:
     """One line of the table of scenarios.
 
     `clashes(settings, train, peft, parties)` yields what cannot be asked together, as (key, what, fix).
-    `answer(settings, manifest, round)` says what a party's answer to a round of training holds, for an adapter of these
-    tensors. No round differs from the one two rounds before.
+    `answer(settings, manifest, round, party)` says what a party's answer to a round of training holds, for an adapter
+    of these tensors. No round differs from the one two rounds before.
     """
 
     settings: type[ScenarioSettings]
@@ -246,7 +259,7 @@ class Scenario:
     client: Callable[[ClientContext], ClientHalf]
     alone: Callable[[ScenarioSettings], ScenarioSettings]
     clashes: Callable[[Any, TrainSettings, PeftSettings, Sequence[str]], Iterable[tuple[str, str, str]]]
-    answer: Callable[[Any, Manifest, int], Manifest]
+    answer: Callable[[Any, Manifest, int, str], Manifest]
     who_learns_what: tuple[str, ...]
 
     def kinds(self) -> dict[str, type[Payload]]:

@@ -19,21 +19,22 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 
-from fedllm.aggregate.lora import LoraRule, drift, moving, sites, sketch, travelling, truncated_product
-from fedllm.aggregate.robust import RobustSettings, Update, robust_mean, weighted_sum
+from fedllm.aggregate.each import combined
+from fedllm.aggregate.lora import drift, moving, sketch, travelling
+from fedllm.aggregate.robust import RobustSettings, Update, robust_mean
+from fedllm.aggregate.rules import LoraRule
 from fedllm.aggregate.server import StrategySettings, server_step
+from fedllm.aggregate.slots import own_slots, slot_means, without_others
 from fedllm.data.batches import BatchOrder
 from fedllm.errors import PayloadError, RunFailed, RunPaused
-from fedllm.evaluate.loss import LossSums, evaluate_examples
+from fedllm.evaluate.loss import evaluate_examples
 from fedllm.scenarios.base import (
     ClientContext,
-    Decode,
     Federation,
     RoundResult,
     Row,
@@ -42,17 +43,18 @@ from fedllm.scenarios.base import (
     State,
     Summand,
     Total,
-    as_it_is,
     collect,
 )
-from fedllm.scenarios.fedhomollm_settings import Settings, clashes, needs_each
+from fedllm.scenarios.fedhomollm_answer import Answer, answer
+from fedllm.scenarios.fedhomollm_rows import loss_rows, loss_sums, rows_of, train_rows
+from fedllm.scenarios.fedhomollm_settings import Settings, clashes, meets_drift, needs_each
 from fedllm.seeds import stream
 from fedllm.train.base import TrainTask
 from fedllm.train.corrections import Correction, control_variate, decoupled_proximal, next_control, proximal
 from fedllm.train.optimizer import learning_rates, load_optimizer_tensors, make_optimizer, optimizer_tensors
 from fedllm.wire.codecs import Codec, CodecSettings
 from fedllm.wire.frame import check_manifest
-from fedllm.wire.payload import Manifest, Payload, TensorMap, Tensors, TensorSpec, manifest_of
+from fedllm.wire.payload import Manifest, Payload, TensorMap, Tensors, manifest_of
 
 Split = Literal["held_out", "common"]
 
@@ -106,25 +108,13 @@ class Server:
         """Return the state after one round of local training."""
         number, settings = state.round + 1, self._settings
         adapter, control = _select("adapter", state.tensors), self._control(state)
-        cohort = self._cohort(federation.parties, number)
         counted = state.fields.get("counted", {})
         request = Train(adapter=_sent(settings, adapter), control=control, counted=counted)
-        manifest = manifest_of(adapter)
-        # What travels, and what becomes of it here.
-        expected, decode = answer(settings, manifest, number), _decoder(settings, manifest, number, self._seed)
-        if needs_each(settings):
-            total, answers = collect(federation, request, round_=number, to=cohort, manifest=expected, decode=decode)
-            self._check_quorum(total, number)
-            total = replace(total, means=_combined(settings, adapter, answers))
-        else:
-            total = federation.total(request, round_=number, to=cohort, manifest=expected, decode=decode)
-            self._check_quorum(total, number)
+        total = self._gathered(federation, request, number, adapter)
         update, control_update = _select("update", total.means), _select("control", total.means)
         share = len(total.parties) / len(federation.parties)
         control = control | {name: control[name] + share * change for name, change in control_update.items()}
-        rows = _train_rows(number, replace(total, means=update))
-        if saved := _saved_bytes(settings, manifest, number):
-            rows += [row for party in total.parties for row in rows_of(number, party, None, {"bytes_saved": saved})]
+        rows = train_rows(number, replace(total, means=update)) + self._saved_rows(number, total, adapter)
         if met := _select("drift", total.means):
             value = drift(met, adapter, update, seed=self._seed, number=number)
             rows += rows_of(number, None, None, {"lora_drift": value})
@@ -134,6 +124,38 @@ class Server:
         fields = state.fields | ({"counted": counted | dict.fromkeys(total.parties, number)} if keeps else {})
         new = State(number, tensors | _best_so_far(state), fields)
         return self._evaluated(federation, new, rows=rows, failures=total.failures)
+
+    def _gathered(self, federation: Federation, request: Train, number: int, adapter: Tensors) -> Total:
+        """Return the mean update of a round, or what the settings put in its place."""
+        settings, whole = self._settings, manifest_of(adapter)
+
+        def manifest(party: str) -> Manifest:
+            return answer(settings, whole, number, party)
+
+        def decode(party: str, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+            return Answer(settings, whole, number, party).decoded(tensors, seed=self._seed)
+
+        to = self._cohort(federation.parties, number)
+        if not needs_each(settings):
+            total = federation.total(request, round_=number, to=to, manifest=manifest, decode=decode)
+            self._check_quorum(total, number)
+            return replace(total, means=slot_means(total.means))
+        total, answers = collect(federation, request, round_=number, to=to, manifest=manifest, decode=decode)
+        self._check_quorum(total, number)
+        updates = [Update(party, found.weight, _select("update", found.tensors)) for party, found in answers]
+        if settings.robust.name != "none":
+            return replace(total, means=_prefixed("update", robust_mean(adapter, updates, settings.robust)))
+        return replace(total, means=_prefixed("update", combined(settings.lora_rule, adapter, updates)))
+
+    def _saved_rows(self, number: int, total: Total, adapter: Tensors) -> list[Row]:
+        whole = manifest_of(adapter)
+        saved = {party: Answer(self._settings, whole, number, party).saved_bytes() for party in total.parties}
+        return [
+            row
+            for party, count in saved.items()
+            if count
+            for row in rows_of(number, party, None, {"bytes_saved": count})
+        ]
 
     def _control(self, state: State) -> Tensors:
         if self._settings.strategy.name != "SCAFFOLD":
@@ -183,64 +205,13 @@ class Server:
             # The common set is the same everywhere, so one party's word is enough; they take turns.
             one = (parties[state.round % len(parties)],)
             totals["common"] = _evaluate(federation, adapter, "common", state.round, one)
-        rows = rows + [row for split, total in totals.items() for row in _loss_rows(state.round, split, total)]
+        rows = rows + [row for split, total in totals.items() for row in loss_rows(state.round, split, total)]
         failures = dict(failures) | {p: code for total in totals.values() for p, code in total.failures.items()}
         return RoundResult(_with_best(state, totals["held_out"]), rows, failures)
 
 
-def _combined(settings: Settings, adapter: Tensors, answers: list[tuple[str, Summand]]) -> Tensors:
-    updates = [Update(party, answer.weight, _select("update", answer.tensors)) for party, answer in answers]
-    if settings.robust.name != "none":
-        return _prefixed("update", robust_mean(adapter, updates, settings.robust))
-    shares = [update.weight / sum(other.weight for other in updates) for update in updates]
-    means = weighted_sum(updates, shares)
-    return _prefixed("update", means | truncated_product(adapter, [update.tensors for update in updates], shares))
-
-
 def _sent(settings: Settings, adapter: Tensors) -> Tensors:
     return {name: adapter[name] for name in travelling(settings.lora_rule, adapter)}
-
-
-def _meets_drift(settings: Settings) -> bool:
-    return settings.drift_meter and settings.lora_rule == "FedIT" and not needs_each(settings)
-
-
-def _coded(settings: Settings, adapter: Manifest, number: int) -> Manifest:
-    """Return what of a party's answer is encoded."""
-    moved = moving(settings.lora_rule, adapter, number)
-    fields = ("update", "control") if settings.strategy.name == "SCAFFOLD" else ("update",)
-    return {f"{field}/{name}": adapter[name] for field in fields for name in moved}
-
-
-def _drift_vectors(settings: Settings, adapter: Manifest) -> Manifest:
-    if not _meets_drift(settings):
-        return {}
-    rows = {site: adapter[left].shape[0] for site, (left, _) in sites(adapter).items()}
-    return {f"drift/{site}": TensorSpec(dtype="float32", shape=[count]) for site, count in rows.items()}
-
-
-def answer(settings: Settings, adapter: Manifest, number: int) -> Manifest:
-    """Return what a party's answer to `Train` holds, as it travels.
-
-    Args:
-        settings: The scenario's.
-        adapter: The tensors that are tuned.
-        number: The round.
-    """
-    coded = Codec(settings.codec).manifest(_coded(settings, adapter, number))
-    return coded | _drift_vectors(settings, adapter)
-
-
-def _saved_bytes(settings: Settings, adapter: Manifest, number: int) -> int:
-    """Return how many bytes fewer an answer takes than without a codec."""
-    raw = _coded(settings, adapter, number)
-    coded = Codec(settings.codec).manifest(raw)
-    return sum(spec.num_bytes for spec in raw.values()) - sum(spec.num_bytes for spec in coded.values())
-
-
-def _decoder(settings: Settings, adapter: Manifest, number: int, seed: int) -> Decode:
-    codec, whole = Codec(settings.codec), _coded(settings, adapter, number) | _drift_vectors(settings, adapter)
-    return as_it_is if codec.is_plain else partial(codec.decode, manifest=whole, seed=seed, number=number)
 
 
 def _evaluate(federation: Federation, adapter: Tensors, split: Split, number: int, to: tuple[str, ...]) -> Total:
@@ -248,49 +219,13 @@ def _evaluate(federation: Federation, adapter: Tensors, split: Split, number: in
 
 
 def _with_best(state: State, held_out: Total) -> State:
-    sums = _loss_sums(held_out)
+    sums = loss_sums(held_out)
     best_loss = state.fields["best_loss"]
     if not sums.tokens or (best_loss is not None and sums.loss_nats >= best_loss):
         return state
     # While the newest adapter is the best one it is not kept twice; `_best_so_far` copies it when it moves on.
     tensors = {name: tensor for name, tensor in state.tensors.items() if not name.startswith("best/")}
     return State(state.round, tensors, state.fields | {"best": state.round, "best_loss": sums.loss_nats})
-
-
-def _loss_sums(total: Total) -> LossSums:
-    counts = total.counts
-    return LossSums(
-        counts.get("nll_nats", 0.0),
-        round(counts.get("tokens", 0)),
-        round(counts.get("bytes", 0)),
-        round(counts.get("examples", 0)),
-    )
-
-
-def _loss_rows(number: int, split: str, total: Total) -> list[Row]:
-    return rows_of(number, None, split, _loss_sums(total).values()) if _loss_sums(total).tokens else []
-
-
-def _train_rows(number: int, total: Total) -> list[Row]:
-    # What a party forgets to count must not stop the server: its rows are null then.
-    values = {name: total.counts.get(name) for name in ("tokens", "examples", "steps")}
-    loss, tokens = total.counts.get("loss_nats"), values["tokens"]
-    values["loss_nats"] = loss / tokens if loss is not None and tokens else None
-    norm = math.sqrt(sum(float(t.double().square().sum()) for t in total.means.values()))
-    return rows_of(number, None, "train", values) + rows_of(number, None, None, {"update_norm": norm})
-
-
-def rows_of(number: int, party: str | None, split: str | None, values: Mapping[str, float | None]) -> list[Row]:
-    """Return metric rows, one per value.
-
-    Args:
-        number: The round.
-        party: Whose they are; None for the federation's.
-        split: `train`, `held_out`, `common` or None.
-        values: Metrics by name.
-    """
-    head: dict[str, Any] = {"round": number, "party": party, "split": split}
-    return [head | {"name": name, "value": value} for name, value in values.items()]
 
 
 class Client:
@@ -310,6 +245,7 @@ class Client:
         # What no message brings, since it never moves.
         first = context.model.initial(context.seed) if len(sent) < len(context.model.manifest) else {}
         self._fixed = {name: tensor for name, tensor in first.items() if name not in sent}
+        self._rank: int | None = context.settings.ranks.get(context.party)
         # SCAFFOLD's control variate and what a codec lost, and both as they were before the last round trained in.
         self._control: Tensors = {}
         self._control_before: Tensors = {}
@@ -349,8 +285,8 @@ class Client:
 
     def _train(self, request: Train, number: int, deadline: float) -> Summand:
         c, settings = self._c, self._c.train_settings
-        start = self._written(request.adapter)
         self._settle(request)
+        start = self._started(request.adapter)
         if settings.optimizer_state == "reset":
             self._optimizer = make_optimizer(c.model.trainable, settings)
         moved = moving(self._rule, c.model.manifest, number)
@@ -360,13 +296,15 @@ class Client:
         self._round = number
         end = c.model.read()
         update = {name: end[name] - start[name] for name in moved}
+        if self._rank is not None:
+            update = own_slots(update, self._rank)
         counts = {name: float(getattr(sums, name)) for name in ("loss_nats", "tokens", "examples", "steps")}
         last_rate = self._learning_rate(number * self._steps - 1)
         mean = {"loss_nats": sums.loss_nats / max(sums.tokens, 1), "learning_rate": last_rate}
         c.log(number, "train", counts | mean)
         tensors = _prefixed("update", update) | _prefixed("control", self._control_update(request, update, number))
         tensors = self._encoded(tensors, number)
-        if _meets_drift(c.settings):
+        if meets_drift(c.settings):
             tensors |= _prefixed("drift", sketch(end, seed=c.seed, number=number))
         return Summand(weight=self._weight(), counts=counts, tensors=tensors)
 
@@ -386,12 +324,17 @@ class Client:
             self._lost = self._lost | {name: tensor - arrived[name] for name, tensor in whole.items()}
         return coded
 
-    def _written(self, adapter: TensorMap) -> TensorMap:
-        """Return the global state, all of it, after the model has taken it over."""
+    def _whole(self, adapter: TensorMap) -> TensorMap:
+        """Return the global state, all of it."""
         check_manifest(adapter, self._sent, sender="server")
-        whole = {**self._fixed, **adapter} if self._fixed else adapter
-        self._c.model.write(whole)
-        return whole
+        return {**self._fixed, **adapter} if self._fixed else adapter
+
+    def _started(self, adapter: TensorMap) -> TensorMap:
+        """Return what local training starts from, after the model has taken it over: of LoRA the party's own slots."""
+        whole = self._whole(adapter)
+        start = whole if self._rank is None else without_others(whole, self._rank)
+        self._c.model.write(start)
+        return start
 
     def _corrections(self, request: Train, start: TensorMap) -> list[Correction]:
         c, strategy = self._c, self._c.settings.strategy
@@ -442,7 +385,7 @@ class Client:
 
     def _evaluate(self, request: Evaluate, number: int) -> Summand:
         c = self._c
-        self._written(request.adapter)
+        self._c.model.write(self._whole(request.adapter))
         examples = c.data.held_out if request.split == "held_out" else c.data.common
         sums = evaluate_examples(c.model.model, examples, pad_id=c.pad_id, batch_size=c.eval_batch_size)
         if sums.tokens:
@@ -471,7 +414,7 @@ def alone(settings: ScenarioSettings) -> Settings:
         settings: The federation's.
     """
     plain = {"strategy": StrategySettings(), "robust": RobustSettings(), "codec": CodecSettings(), "lora_rule": "FedIT"}
-    changes = {"min_parties": 1, "fraction_train": 1.0} | plain
+    changes = {"min_parties": 1, "fraction_train": 1.0, "ranks": {}} | plain
     return Settings.model_validate(settings.model_dump() | changes)
 
 
