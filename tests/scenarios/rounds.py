@@ -46,6 +46,12 @@ def bytes_up(result: RunResult) -> dict[str, float]:
     return {row["party"]: row["value"] for row in rows}
 
 
+def own_adapters(result: RunResult) -> dict[str, bytes]:
+    """Return each party's own adapter as the bytes of its file."""
+    files = sorted(result.path.glob("parties/*/adapter/adapter_model.safetensors"))
+    return {file.parts[-3]: file.read_bytes() for file in files}
+
+
 def broken_and_resumed(federation: TinyFederation, *, after: int) -> RunResult:
     """Return the result of a run that was interrupted after a round and taken up again."""
 

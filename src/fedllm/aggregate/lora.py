@@ -21,7 +21,7 @@ _RIGHT = re.compile(r"\.lora_(embedding_)?A\.")
 
 
 def moving(rule: LoraRule, names: Iterable[str], number: int) -> list[str]:
-    """Return which tensors are trained and sent in a round.
+    """Return which tensors are trained in a round.
 
     FFA-LoRA (Sun et al. 2024, arXiv:2403.12313, section 3) never moves the random factor. RoLoRA (Chen et al. 2024,
     arXiv:2409.02346, algorithm 1) moves the other one in odd rounds and the random one in even rounds. With one factor
@@ -37,13 +37,16 @@ def moving(rule: LoraRule, names: Iterable[str], number: int) -> list[str]:
 
 
 def travelling(rule: LoraRule, names: Iterable[str]) -> list[str]:
-    """Return which tensors the parties must be sent; the others follow from the job's seed.
+    """Return which tensors travel; the others follow from the job's seed, or stay at their party.
+
+    FedSA-LoRA (Guo et al. 2024, arXiv:2410.01463, section 3) shares the random factor, and each party keeps the other.
 
     Args:
         rule: The rule.
         names: All trained tensors.
     """
-    return [name for name in names if rule != "FFA-LoRA" or not _DRAWN.search(name)]
+    stays = {"FFA-LoRA": _DRAWN, "FedSA-LoRA": _ZERO}.get(rule)
+    return [name for name in names if stays is None or not stays.search(name)]
 
 
 def sites(names: Iterable[str]) -> dict[str, tuple[str, str]]:

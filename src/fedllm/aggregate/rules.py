@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-LoraRule = Literal["FedIT", "FFA-LoRA", "RoLoRA", "FlexLoRA"]
+LoraRule = Literal["FedIT", "FFA-LoRA", "RoLoRA", "FedSA-LoRA", "FlexLoRA"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,9 @@ RULES: dict[LoraRule, Rule] = {
     "FedIT": Rule("both factors", "no"),
     "FFA-LoRA": Rule("$B$ only; $A$ stays as the seed drew it, and never travels", "yes"),
     "RoLoRA": Rule("$B$ in odd rounds, $A$ in even ones", "yes"),
+    "FedSA-LoRA": Rule(
+        "both; $A$ is averaged, $B$ stays at its party", "each party has a model of its own", keeps_state=True
+    ),
     "FlexLoRA": Rule("both factors", "up to rank $r$", needs_each=True, new_axes=True),
 }
 

@@ -49,7 +49,7 @@ def show_result(result: RunResult, *, as_json: bool) -> None:
         result: The result.
         as_json: Print the JSON envelope instead.
     """
-    paths = {"run": str(result.path), "adapter": str(result.adapter), "report": str(result.path / "report.html")}
+    paths = {"run": str(result.path), "adapter": adapter_text(result), "report": str(result.path / "report.html")}
     if as_json:
         facts = {"rounds": result.rounds, "best_round": result.best_round, "adapter_sha256": result.adapter_sha256}
         print_json(paths | facts, status=result.status)
@@ -60,3 +60,13 @@ def show_result(result: RunResult, *, as_json: bool) -> None:
     typer.echo(f"adapter  {paths['adapter']}")
     typer.echo(f"report   {paths['report']}")
     typer.echo(f"next     fedllm eval {result.path}")
+
+
+def adapter_text(result: RunResult) -> str:
+    """Return where a finished run's adapter is; where each party has its own, where those are.
+
+    Args:
+        result: The result.
+    """
+    each = result.path / "parties" / "NAME" / "adapter"
+    return str(result.adapter if result.adapter_sha256 or not result.is_finished else each)

@@ -73,6 +73,30 @@ def model_card(run: Path) -> str:
     )
 
 
+def own_card(name: str, base: str) -> str:
+    """Return the README.md of an adapter that is one party's own; it names no party.
+
+    Args:
+        name: The job.
+        base: The base model, without the folders above it.
+    """
+    return f"""---
+library_name: peft
+tags: [fedllm, federated-learning, lora]
+---
+
+# {plain_markdown(one_line(name))}: one party's own adapter
+
+An adapter for {code_span(one_line(base))}, made with fedllm by FedSA-LoRA: factor A is the same for all parties of the
+job, factor B is this party's own and never left its site. The other parties have other adapters, and there is none for
+all.
+
+B was trained on this party's examples alone, without differential privacy: there is no bound on what it remembers of
+them. Do not publish it if that matters before you have tested what it gives away.
+
+{_loading(one_line(base))}"""
+
+
 def one_line(value: Any) -> str:
     """Return a value as one line of printable text.
 

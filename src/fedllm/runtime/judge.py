@@ -16,8 +16,10 @@ from fedllm.evaluate.generation import generate_completions
 from fedllm.evaluate.loss import evaluate_examples
 from fedllm.evaluate.text_metrics import score_texts
 from fedllm.job.job import Job
+from fedllm.models.saved import read_adapter
 from fedllm.runs.folder import attach, run_identity
 from fedllm.runs.plan_files import read_plan
+from fedllm.runtime.delivery import own_adapters
 from fedllm.runtime.site import Site, common_examples, data_settings, open_site
 from fedllm.wire.payload import Tensors
 
@@ -70,7 +72,7 @@ def judge(site: Site, test: TestSet, tensors: Tensors | None) -> dict[str, Any]:
 
 
 def final_tensors(path: Path, job: Job) -> Tensors:
-    """Return the adapter that a finished run delivers.
+    """Return the adapter that a finished run delivers; no tensors where each party has its own.
 
     Args:
         path: The run folder.
@@ -91,8 +93,31 @@ def final_tensors(path: Path, job: Job) -> Tensors:
     )
 
 
+def final_models(path: Path, site: Site) -> list[tuple[str, str | None, Tensors]]:
+    """Return what a finished run delivers, as (name, party, tensors): one adapter, or each party's own.
+
+    Args:
+        path: The run folder.
+        site: The loaded base model of the run's job.
+
+    Raises:
+        ConfigError: `RUN_UNFINISHED`; also where the parties' own adapters are on other machines.
+    """
+    if tensors := final_tensors(path, site.job):
+        return [("federated", None, tensors)]
+    found = own_adapters(path, site.job)
+    if not found:
+        raise ConfigError(
+            "RUN_UNFINISHED",
+            "each party has an adapter of its own, and none of them is on this machine",
+            where=str(path),
+            fix="judge it at the party's site, where it is in parties/NAME/adapter of the run folder",
+        )
+    return [(f"{party}, federated", party, read_adapter(site.model, folder)) for party, folder in found.items()]
+
+
 def evaluate_run(path: Path, *, data: Path | None = None) -> list[dict[str, Any]]:
-    """Return the scores of the base model and of a run's adapter, a row each.
+    """Return the scores of the base model and of a run's adapter, or of each party's own, a row each.
 
     Args:
         path: The run folder.
@@ -102,13 +127,14 @@ def evaluate_run(path: Path, *, data: Path | None = None) -> list[dict[str, Any]
         ConfigError: `RUN_UNFINISHED`, or there is nothing to judge on.
     """
     job, parties = read_plan(path)
-    tensors = final_tensors(path, job)
+    final_tensors(path, job)
     if data is None and job.evaluate.test is None:
         raise ConfigError("MISSING_KEY", "the job names no common test set", where="--data", fix="name a test file")
     site = open_site(job, parties)
+    models = final_models(path, site)
     examples = common_examples(job) if data is None else read_examples(str(data), base_dir=Path.cwd())
     test = test_set(site, examples)
-    return [
-        {"model": model, "kind": kind, "party": None, **judge(site, test, adapter)}
-        for model, kind, adapter in (("base model", "base", None), ("federated", "federated", tensors))
-    ]
+    rows = [{"model": "base model", "kind": "base", "party": None, **judge(site, test, None)}]
+    for name, party, tensors in models:
+        rows.append({"model": name, "kind": "federated", "party": party, **judge(site, test, tensors)})
+    return rows

@@ -191,7 +191,7 @@ def _talk(job: Job, facts: Facts, run: RunFolder) -> ByteLedger:
     tokenizer: Any = type("Tokenizer", (), {"pad_token_id": 0})
     base = Base(None, tokenizer, facts.digests["base"], facts.digests["tokenizer"])
     digest = facts.digests["template"]
-    site = Site(job, base, facts.folder, model, Blobs({}), [], digest, digest)
+    site = Site(job, base, facts.folder, model, Blobs({}), [], digest, digest, deliver=lambda *adapter: None)
     data = {party: TokenData([_one_example()] * 8, [], []) for party in job.parties}
     link = InProcessLink(local_hosts(site, data, run, trainer=_NoTraining()))
     line = job.table_line()

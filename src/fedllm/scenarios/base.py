@@ -187,7 +187,7 @@ class ServerHalf(Protocol):
         ...
 
     def final(self, state: State) -> tuple[Tensors, int]:
-        """Return the tensors to deliver and the round they are of."""
+        """Return the tensors to deliver, none where each party has a model of its own, and the round they are of."""
         ...
 
 
@@ -204,7 +204,8 @@ class TokenData:
 class ClientContext:
     """What a client half may use; nothing of it leaves the party except through its replies.
 
-    `settings` is the scenario's own; `log(round, split, values)` writes metrics that stay at the party.
+    `settings` is the scenario's own; `log(round, split, values)` writes metrics that stay at the party, and
+    `deliver(tensors)` an adapter that is the party's alone.
     """
 
     party: str
@@ -219,6 +220,7 @@ class ClientContext:
     trainer: LocalTrainer
     log: Log
     on_step: Callable[[int, int], None] = lambda step, num_steps: None
+    deliver: Callable[[Tensors], None] = lambda tensors: None
 
 
 class ClientHalf(Protocol):
@@ -249,7 +251,8 @@ class Scenario:
 
     `clashes(settings, train, peft, parties)` yields what cannot be asked together, as (key, what, fix).
     `answer(settings, manifest, round, party)` says what a party's answer to a round of training holds, for an adapter
-    of these tensors. No round differs from the one two rounds before.
+    of these tensors. No round differs from the one two rounds before. `unused(settings)` names requests that a job with
+    these settings does not make.
     """
 
     settings: type[ScenarioSettings]
@@ -261,6 +264,16 @@ class Scenario:
     clashes: Callable[[Any, TrainSettings, PeftSettings, Sequence[str]], Iterable[tuple[str, str, str]]]
     answer: Callable[[Any, Manifest, int, str], Manifest]
     who_learns_what: tuple[str, ...]
+    unused: Callable[[Any], tuple[type[Payload], ...]] = lambda settings: ()
+
+    def operations(self, settings: ScenarioSettings) -> tuple[str, ...]:
+        """Return the names of the requests that a job makes.
+
+        Args:
+            settings: The scenario's.
+        """
+        unused = self.unused(settings)
+        return tuple(request.__name__ for request in self.requests if request not in unused)
 
     def kinds(self) -> dict[str, type[Payload]]:
         """Return the closed schema of the conversation: payload classes by name."""

@@ -19,22 +19,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
 
 from fedllm.aggregate.each import combined
-from fedllm.aggregate.lora import drift, moving, sketch, travelling
+from fedllm.aggregate.lora import drift, travelling
 from fedllm.aggregate.robust import RobustSettings, Update, robust_mean
-from fedllm.aggregate.rules import LoraRule
 from fedllm.aggregate.server import StrategySettings, server_step
-from fedllm.aggregate.slots import own_slots, slot_means, without_others
-from fedllm.data.batches import BatchOrder
-from fedllm.errors import PayloadError, RunFailed, RunPaused
-from fedllm.evaluate.loss import evaluate_examples
+from fedllm.aggregate.slots import slot_means
+from fedllm.errors import RunFailed, RunPaused
 from fedllm.scenarios.base import (
-    ClientContext,
     Federation,
     RoundResult,
     Row,
@@ -46,44 +40,23 @@ from fedllm.scenarios.base import (
     collect,
 )
 from fedllm.scenarios.fedhomollm_answer import Answer, answer
+from fedllm.scenarios.fedhomollm_client import Client
+from fedllm.scenarios.fedhomollm_messages import (
+    Deliver,
+    Delivered,
+    Evaluate,
+    Initial,
+    SendInitial,
+    Split,
+    Train,
+    prefixed,
+    select,
+)
 from fedllm.scenarios.fedhomollm_rows import loss_rows, loss_sums, rows_of, train_rows
-from fedllm.scenarios.fedhomollm_settings import Settings, clashes, meets_drift, needs_each
+from fedllm.scenarios.fedhomollm_settings import Settings, clashes, needs_each, rule_of
 from fedllm.seeds import stream
-from fedllm.train.base import TrainTask
-from fedllm.train.corrections import Correction, control_variate, decoupled_proximal, next_control, proximal
-from fedllm.train.optimizer import learning_rates, load_optimizer_tensors, make_optimizer, optimizer_tensors
-from fedllm.wire.codecs import Codec, CodecSettings
-from fedllm.wire.frame import check_manifest
-from fedllm.wire.payload import Manifest, Payload, TensorMap, Tensors, manifest_of
-
-Split = Literal["held_out", "common"]
-
-
-class SendInitial(Payload):
-    """Server -> one party: make the first adapter from the job's seed."""
-
-
-class Initial(Payload):
-    """Party -> server: the first adapter. It depends on the seed and the base model alone."""
-
-    adapter: TensorMap
-
-
-class Train(Payload):
-    """Server -> parties: start from this adapter and train for one round."""
-
-    commits: ClassVar[bool] = True
-    adapter: TensorMap
-    # SCAFFOLD: the server's control variate. Also with error feedback: when each party's answer was last counted.
-    control: TensorMap = Field(default_factory=dict)
-    counted: dict[str, int] = Field(default_factory=dict)
-
-
-class Evaluate(Payload):
-    """Server -> parties: the loss of this adapter on one split."""
-
-    adapter: TensorMap
-    split: Split
+from fedllm.wire.codecs import CodecSettings
+from fedllm.wire.payload import Manifest, Payload, Tensors, manifest_of
 
 
 class Server:
@@ -97,7 +70,7 @@ class Server:
         party = federation.parties[0]
         for reply in federation.ask(SendInitial(), round_=0, to=[party]):
             if isinstance(reply.payload, Initial):
-                state = State(0, _prefixed("adapter", reply.payload.adapter), {"best": None, "best_loss": None})
+                state = State(0, prefixed("adapter", reply.payload.adapter), {"best": None, "best_loss": None})
                 return self._evaluated(federation, state, rows=[], failures={})
             raise RunFailed(
                 getattr(reply.payload, "code", "PARTY_FAILED"), "no initial adapter was made", where=f"party {party}"
@@ -107,23 +80,31 @@ class Server:
     def round(self, federation: Federation, state: State) -> RoundResult:
         """Return the state after one round of local training."""
         number, settings = state.round + 1, self._settings
-        adapter, control = _select("adapter", state.tensors), self._control(state)
+        adapter, control = select("adapter", state.tensors), self._control(state)
         counted = state.fields.get("counted", {})
-        request = Train(adapter=_sent(settings, adapter), control=control, counted=counted)
+        # A state that ends here in the best round needs no copy of it at the parties yet.
+        best = state.fields["best"] if rule_of(settings).keeps_state and settings.keep == "best" else None
+        request = Train(adapter=_sent(settings, adapter), control=control, counted=counted, best=best)
         total = self._gathered(federation, request, number, adapter)
-        update, control_update = _select("update", total.means), _select("control", total.means)
+        update, control_update = select("update", total.means), select("control", total.means)
         share = len(total.parties) / len(federation.parties)
         control = control | {name: control[name] + share * change for name, change in control_update.items()}
         rows = train_rows(number, replace(total, means=update)) + self._saved_rows(number, total, adapter)
-        if met := _select("drift", total.means):
+        if met := select("drift", total.means):
             value = drift(met, adapter, update, seed=self._seed, number=number)
             rows += rows_of(number, None, None, {"lora_drift": value})
-        moved, memory = server_step(adapter, _select("server", state.tensors), update, settings=settings.strategy)
-        tensors = _prefixed("adapter", moved) | _prefixed("server", memory) | _prefixed("control", control)
-        keeps = settings.strategy.name == "SCAFFOLD" or settings.codec.error_feedback
-        fields = state.fields | ({"counted": counted | dict.fromkeys(total.parties, number)} if keeps else {})
+        moved, memory = server_step(adapter, select("server", state.tensors), update, settings=settings.strategy)
+        tensors = prefixed("adapter", moved) | prefixed("server", memory) | prefixed("control", control)
+        fields = state.fields | self._counted_after(counted, total, number)
         new = State(number, tensors | _best_so_far(state), fields)
-        return self._evaluated(federation, new, rows=rows, failures=total.failures)
+        return self._handed_over(federation, self._evaluated(federation, new, rows=rows, failures=total.failures))
+
+    def _counted_after(self, counted: Mapping[str, int], total: Total, number: int) -> dict[str, dict[str, int]]:
+        """Return the field that says when each party's answer was last counted, where parties keep something."""
+        settings = self._settings
+        own = rule_of(settings).keeps_state or settings.strategy.name == "SCAFFOLD"
+        keeps = own or settings.codec.error_feedback
+        return {"counted": {**counted, **dict.fromkeys(total.parties, number)}} if keeps else {}
 
     def _gathered(self, federation: Federation, request: Train, number: int, adapter: Tensors) -> Total:
         """Return the mean update of a round, or what the settings put in its place."""
@@ -142,10 +123,10 @@ class Server:
             return replace(total, means=slot_means(total.means))
         total, answers = collect(federation, request, round_=number, to=to, manifest=manifest, decode=decode)
         self._check_quorum(total, number)
-        updates = [Update(party, found.weight, _select("update", found.tensors)) for party, found in answers]
+        updates = [Update(party, found.weight, select("update", found.tensors)) for party, found in answers]
         if settings.robust.name != "none":
-            return replace(total, means=_prefixed("update", robust_mean(adapter, updates, settings.robust)))
-        return replace(total, means=_prefixed("update", combined(settings.lora_rule, adapter, updates)))
+            return replace(total, means=prefixed("update", robust_mean(adapter, updates, settings.robust)))
+        return replace(total, means=prefixed("update", combined(settings.lora_rule, adapter, updates)))
 
     def _saved_rows(self, number: int, total: Total, adapter: Tensors) -> list[Row]:
         whole = manifest_of(adapter)
@@ -160,15 +141,32 @@ class Server:
     def _control(self, state: State) -> Tensors:
         if self._settings.strategy.name != "SCAFFOLD":
             return {}
-        adapter = _select("adapter", state.tensors)
-        return _select("control", state.tensors) or {name: torch.zeros_like(t) for name, t in adapter.items()}
+        adapter = select("adapter", state.tensors)
+        return select("control", state.tensors) or {name: torch.zeros_like(t) for name, t in adapter.items()}
 
     def final(self, state: State) -> tuple[Tensors, int]:
-        """Return the adapter to deliver and its round."""
+        """Return the adapter to deliver and its round; no tensors where each party has a model of its own."""
+        tensors, number = self._delivered(state)
+        return ({} if rule_of(self._settings).keeps_state else tensors), number
+
+    def _delivered(self, state: State) -> tuple[Tensors, int]:
         best = state.fields["best"]
         if self._settings.keep == "best" and best is not None and best != state.round:
-            return _select("best", state.tensors), int(best)
-        return _select("adapter", state.tensors), state.round
+            return select("best", state.tensors), int(best)
+        return select("adapter", state.tensors), state.round
+
+    def _handed_over(self, federation: Federation, result: RoundResult) -> RoundResult:
+        """Return the result of a round, after the last one has given each party an adapter where it has its own."""
+        state, settings = result.state, self._settings
+        if state.round < settings.num_rounds or not rule_of(settings).keeps_state:
+            return result
+        adapter, number = self._delivered(state)
+        request = Deliver(adapter=_sent(settings, adapter), counted=state.fields["counted"], delivered=number)
+        failures = dict(result.failures)
+        for reply in federation.ask(request, round_=state.round, to=federation.parties):
+            if not isinstance(reply.payload, Delivered):
+                failures[reply.party] = getattr(reply.payload, "code", "PAYLOAD_REFUSED")
+        return replace(result, failures=failures)
 
     def _cohort(self, parties: tuple[str, ...], number: int) -> list[str]:
         share = math.ceil(self._settings.fraction_train * len(parties) - 1e-9)
@@ -198,24 +196,26 @@ class Server:
         due = every and (state.round % every == 0 or state.round == self._settings.num_rounds)
         if not due:
             return RoundResult(state, rows, dict(failures))
-        adapter = _sent(self._settings, _select("adapter", state.tensors))
         parties = federation.parties
-        totals: dict[Split, Total] = {"held_out": _evaluate(federation, adapter, "held_out", state.round, parties)}
+        totals: dict[Split, Total] = {"held_out": self._evaluate(federation, state, "held_out", parties)}
         if self._common:
-            # The common set is the same everywhere, so one party's word is enough; they take turns.
+            # The common set is the same everywhere, so of one model one party's word is enough; they take turns.
             one = (parties[state.round % len(parties)],)
-            totals["common"] = _evaluate(federation, adapter, "common", state.round, one)
+            to = parties if rule_of(self._settings).keeps_state else one
+            totals["common"] = self._evaluate(federation, state, "common", to)
         rows = rows + [row for split, total in totals.items() for row in loss_rows(state.round, split, total)]
         failures = dict(failures) | {p: code for total in totals.values() for p, code in total.failures.items()}
         return RoundResult(_with_best(state, totals["held_out"]), rows, failures)
 
+    def _evaluate(self, federation: Federation, state: State, split: Split, to: tuple[str, ...]) -> Total:
+        adapter = _sent(self._settings, select("adapter", state.tensors))
+        counted = state.fields.get("counted", {}) if rule_of(self._settings).keeps_state else {}
+        request = Evaluate(adapter=adapter, split=split, counted=counted)
+        return federation.total(request, round_=state.round, to=to, manifest={})
+
 
 def _sent(settings: Settings, adapter: Tensors) -> Tensors:
     return {name: adapter[name] for name in travelling(settings.lora_rule, adapter)}
-
-
-def _evaluate(federation: Federation, adapter: Tensors, split: Split, number: int, to: tuple[str, ...]) -> Total:
-    return federation.total(Evaluate(adapter=adapter, split=split), round_=number, to=to, manifest={})
 
 
 def _with_best(state: State, held_out: Total) -> State:
@@ -228,183 +228,9 @@ def _with_best(state: State, held_out: Total) -> State:
     return State(state.round, tensors, state.fields | {"best": state.round, "best_loss": sums.loss_nats})
 
 
-class Client:
-    """A party's half."""
-
-    def __init__(self, context: ClientContext) -> None:
-        self._c = context
-        settings = context.train_settings
-        self._optimizer = make_optimizer(context.model.trainable, settings)
-        self._order = BatchOrder(
-            len(context.data.train), settings.per_device_train_batch_size, seed=context.seed, party=context.party
-        )
-        self._round = 0
-        self._rule: LoraRule = context.settings.lora_rule
-        sent = set(travelling(self._rule, context.model.manifest))
-        self._sent = {name: spec for name, spec in context.model.manifest.items() if name in sent}
-        # What no message brings, since it never moves.
-        first = context.model.initial(context.seed) if len(sent) < len(context.model.manifest) else {}
-        self._fixed = {name: tensor for name, tensor in first.items() if name not in sent}
-        self._rank: int | None = context.settings.ranks.get(context.party)
-        # SCAFFOLD's control variate and what a codec lost, and both as they were before the last round trained in.
-        self._control: Tensors = {}
-        self._control_before: Tensors = {}
-        self._lost: Tensors = {}
-        self._lost_before: Tensors = {}
-        self._steps = settings.local_steps or math.ceil(
-            (settings.local_epochs or 0) * self._order.steps_per_epoch / settings.gradient_accumulation_steps
-        )
-        self._learning_rate = learning_rates(settings, total_steps=self._steps * context.settings.num_rounds)
-
-    def handle(self, request: Payload, *, round_: int, deadline: float) -> Payload:
-        """Return the answer to one request; see `ClientHalf`."""
-        match request:
-            case SendInitial():
-                return Initial(adapter=self._c.model.initial(self._c.seed))
-            case Train():
-                return self._train(request, round_, deadline)
-            case Evaluate():
-                return self._evaluate(request, round_)
-        raise PayloadError("PAYLOAD_REFUSED", f"{type(request).__name__} is no request", where=self._c.party)
-
-    def state(self) -> State:
-        """Return the optimiser's state, if it lives on from round to round, control variates, and what codecs lost."""
-        keep = self._c.train_settings.optimizer_state == "keep"
-        tensors = _prefixed("optimizer", optimizer_tensors(self._optimizer)) if keep else {}
-        tensors |= _prefixed("control", self._control) | _prefixed("control_before", self._control_before)
-        tensors |= _prefixed("lost", self._lost) | _prefixed("lost_before", self._lost_before)
-        return State(self._round, tensors)
-
-    def restore(self, state: State) -> None:
-        """Take back what `state` returned."""
-        load_optimizer_tensors(self._optimizer, _select("optimizer", state.tensors))
-        self._control = _select("control", state.tensors)
-        self._control_before = _select("control_before", state.tensors)
-        self._lost, self._lost_before = _select("lost", state.tensors), _select("lost_before", state.tensors)
-        self._round = state.round
-
-    def _train(self, request: Train, number: int, deadline: float) -> Summand:
-        c, settings = self._c, self._c.train_settings
-        self._settle(request)
-        start = self._started(request.adapter)
-        if settings.optimizer_state == "reset":
-            self._optimizer = make_optimizer(c.model.trainable, settings)
-        moved = moving(self._rule, c.model.manifest, number)
-        corrections = self._corrections(request, start)
-        with c.model.only(moved):
-            sums = c.trainer.train(self._task(number, deadline, corrections), self._optimizer)
-        self._round = number
-        end = c.model.read()
-        update = {name: end[name] - start[name] for name in moved}
-        if self._rank is not None:
-            update = own_slots(update, self._rank)
-        counts = {name: float(getattr(sums, name)) for name in ("loss_nats", "tokens", "examples", "steps")}
-        last_rate = self._learning_rate(number * self._steps - 1)
-        mean = {"loss_nats": sums.loss_nats / max(sums.tokens, 1), "learning_rate": last_rate}
-        c.log(number, "train", counts | mean)
-        tensors = _prefixed("update", update) | _prefixed("control", self._control_update(request, update, number))
-        tensors = self._encoded(tensors, number)
-        if meets_drift(c.settings):
-            tensors |= _prefixed("drift", sketch(end, seed=c.seed, number=number))
-        return Summand(weight=self._weight(), counts=counts, tensors=tensors)
-
-    def _settle(self, request: Train) -> None:
-        """Go back to what was kept before the last round trained in, if the answer to that was not counted."""
-        if request.counted.get(self._c.party, 0) != self._round:
-            self._control, self._lost = self._control_before, self._lost_before
-
-    def _encoded(self, tensors: Tensors, number: int) -> Tensors:
-        """Return what travels. With error feedback, what was lost before is added, and what is lost now is kept."""
-        c, codec = self._c, Codec(self._c.settings.codec)
-        whole = {name: tensor + self._lost[name] if name in self._lost else tensor for name, tensor in tensors.items()}
-        coded = codec.encode(whole, seed=c.seed, party=c.party, number=number)
-        if codec.settings.error_feedback:
-            arrived = codec.decode(coded, manifest_of(whole), seed=c.seed, number=number)
-            self._lost_before = self._lost
-            self._lost = self._lost | {name: tensor - arrived[name] for name, tensor in whole.items()}
-        return coded
-
-    def _whole(self, adapter: TensorMap) -> TensorMap:
-        """Return the global state, all of it."""
-        check_manifest(adapter, self._sent, sender="server")
-        return {**self._fixed, **adapter} if self._fixed else adapter
-
-    def _started(self, adapter: TensorMap) -> TensorMap:
-        """Return what local training starts from, after the model has taken it over: of LoRA the party's own slots."""
-        whole = self._whole(adapter)
-        start = whole if self._rank is None else without_others(whole, self._rank)
-        self._c.model.write(start)
-        return start
-
-    def _corrections(self, request: Train, start: TensorMap) -> list[Correction]:
-        c, strategy = self._c, self._c.settings.strategy
-        if strategy.name == "SCAFFOLD":
-            check_manifest(request.control, c.model.manifest, sender="server")
-            zeros = {name: spec.zeros() for name, spec in c.model.manifest.items()}
-            self._control = self._control or zeros
-            return [control_variate(c.model.trainable, self._control, request.control)]
-        if not strategy.proximal_mu:
-            return []
-        pull = decoupled_proximal if strategy.proximal == "decoupled" else proximal
-        return [pull(c.model.trainable, start, strategy.proximal_mu)]
-
-    def _control_update(self, request: Train, update: Tensors, number: int) -> Tensors:
-        if not request.control:
-            return {}
-        rates = sum(self._learning_rate(step) for step in range((number - 1) * self._steps, number * self._steps))
-        new = next_control(self._control, request.control, update, rates=rates)
-        before, self._control_before = self._control, self._control
-        self._control = before | new
-        return {name: tensor - before[name] for name, tensor in new.items()}
-
-    def _task(self, number: int, deadline: float, corrections: list[Correction]) -> TrainTask:
-        c = self._c
-        return TrainTask(
-            party=c.party,
-            round=number,
-            seed=c.seed,
-            model=c.model,
-            examples=c.data.train,
-            order=self._order,
-            pad_id=c.pad_id,
-            settings=c.train_settings,
-            data_settings=c.data_settings,
-            first_step=(number - 1) * self._steps,
-            num_steps=self._steps,
-            learning_rate=self._learning_rate,
-            deadline=deadline,
-            on_step=c.on_step,
-            corrections=corrections,
-        )
-
-    def _weight(self) -> int:
-        weight_by = self._c.settings.weight_by
-        if weight_by == "tokens":
-            return sum(sum(example.loss_mask[1:]) for example in self._c.data.train)
-        return len(self._c.data.train) if weight_by == "examples" else 1
-
-    def _evaluate(self, request: Evaluate, number: int) -> Summand:
-        c = self._c
-        self._c.model.write(self._whole(request.adapter))
-        examples = c.data.held_out if request.split == "held_out" else c.data.common
-        sums = evaluate_examples(c.model.model, examples, pad_id=c.pad_id, batch_size=c.eval_batch_size)
-        if sums.tokens:
-            c.log(number, request.split, sums.values())
-        counts = {"nll_nats": sums.nll_nats, "tokens": sums.tokens, "bytes": sums.bytes, "examples": sums.examples}
-        return Summand(weight=1, counts={name: float(value) for name, value in counts.items()}, tensors={})
-
-
-def _prefixed(prefix: str, tensors: Mapping[str, Any]) -> Tensors:
-    return {f"{prefix}/{name}": tensor for name, tensor in tensors.items()}
-
-
-def _select(prefix: str, tensors: Mapping[str, Any]) -> Tensors:
-    return {name.removeprefix(f"{prefix}/"): t for name, t in tensors.items() if name.startswith(f"{prefix}/")}
-
-
 def _best_so_far(state: State) -> Tensors:
     source = "adapter" if state.fields["best"] == state.round else "best"
-    return _prefixed("best", _select(source, state.tensors))
+    return prefixed("best", select(source, state.tensors))
 
 
 def alone(settings: ScenarioSettings) -> Settings:
@@ -418,10 +244,20 @@ def alone(settings: ScenarioSettings) -> Settings:
     return Settings.model_validate(settings.model_dump() | changes)
 
 
+def unused(settings: Settings) -> tuple[type[Payload], ...]:
+    """Return the requests that a job does not make.
+
+    Args:
+        settings: The scenario's.
+    """
+    return () if rule_of(settings).keeps_state else (Deliver,)
+
+
 SCENARIO = Scenario(
     settings=Settings,
-    requests=(SendInitial, Train, Evaluate),
-    replies=(Initial, Summand),
+    requests=(SendInitial, Train, Evaluate, Deliver),
+    unused=unused,
+    replies=(Initial, Summand, Delivered),
     server=Server,
     client=Client,
     alone=alone,
@@ -431,7 +267,8 @@ SCENARIO = Scenario(
         "The server sees each party's update (no secure aggregation yet), with SCAFFOLD also its control variate and "
         "with the drift meter a random projection of its adapter, the sums of losses and counts, and the global "
         "adapter.",
-        "Each party sees the global adapter after every round; never another party's update or data.",
+        "Each party sees the global adapter after every round; never another party's update or data. With FedSA-LoRA "
+        "factor B stays at its party, and neither the server nor another party ever sees it.",
         "Rows, prompts and completions never leave a party. Updates can leak something of them: see the threat model.",
     ),
 )

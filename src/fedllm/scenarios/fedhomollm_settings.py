@@ -22,8 +22,8 @@ class Settings(ScenarioSettings):
     strategy: StrategySettings = Field(StrategySettings(), description="The server's optimiser.")
     lora_rule: LoraRule = Field(
         "FedIT",
-        description="LoRA: average both factors (FedIT), only B (FFA-LoRA), B and A in turns (RoLoRA), or the products "
-        "(FlexLoRA).",
+        description="LoRA: average both factors (FedIT), only B (FFA-LoRA), B and A in turns (RoLoRA), only A while B "
+        "stays at its party (FedSA-LoRA), or the products (FlexLoRA).",
     )
     ranks: dict[str, Annotated[int, Field(ge=1)]] = Field(
         default_factory=dict,
@@ -109,6 +109,8 @@ def _clashes_of_rule(settings: Settings, train: TrainSettings, peft: PeftSetting
     """Yield what a rule for LoRA's factors does not go with, by what the table says of it."""
     key, name, rule = "federation.lora_rule", settings.lora_rule, rule_of(settings)
     another = "set another `lora_rule`"
+    if str(peft.peft_type) != "LORA" and name != "FedIT":
+        yield key, f"{name} is about LoRA's factors, and {peft.peft_type} has none", "leave `lora_rule` out"
     if rule.needs_each:
         if not _is_plain_step(settings):
             what = f"{name} makes the next factors itself, so a server's momentum or step size has no meaning"
@@ -119,6 +121,8 @@ def _clashes_of_rule(settings: Settings, train: TrainSettings, peft: PeftSetting
         if peft.use_dora:
             what = f"with DoRA the model is not linear in the product that {name} keeps"
             yield key, what, "set `use_dora: false`"
+    if rule.keeps_state:
+        yield from _clashes_of_own_factor(settings, peft)
     if rule.new_axes:
         new = f"{name} takes new axes for the factors in every round"
         if train.optim != "sgd" and train.optimizer_state == "keep":
@@ -127,6 +131,22 @@ def _clashes_of_rule(settings: Settings, train: TrainSettings, peft: PeftSetting
         if settings.codec.error_feedback:
             what = f"{new}, so what a codec lost of the last update does not fit"
             yield key, what, "set `codec.error_feedback: false`"
+
+
+def _clashes_of_own_factor(settings: Settings, peft: PeftSettings) -> Iterator[Clash]:
+    key, name = "federation.lora_rule", settings.lora_rule
+    another = "set another `lora_rule`"
+    if settings.fraction_train < 1:
+        what = f"with {name} a party that is left out keeps a factor that no longer fits the shared one (E16)"
+        yield "federation.fraction_train", what, f"set `fraction_train: 1.0`, or {another[4:]}"
+    if settings.strategy.name == "SCAFFOLD":
+        yield key, f"with {name} there is no mean of the factor that stays, which SCAFFOLD's correction needs", another
+    if settings.robust.name != "none":
+        what = f"{settings.robust.name} measures updates by LoRA's product, of which {name} sends one factor"
+        yield key, what, f"{another}, or leave `robust` out"
+    if peft.use_dora:
+        what = f"DoRA's magnitudes belong to the whole product, of which {name} shares one factor"
+        yield key, what, "set `use_dora: false`"
 
 
 def _is_plain_step(settings: Settings) -> bool:
