@@ -342,6 +342,15 @@ def test_the_factor_of_the_best_round_is_kept_until_a_better_one() -> None:
     assert half.delivered(5, counted=5) == 4.0
 
 
+def test_to_deliver_is_asked_only_where_there_is_something_to_deliver(make_federation: Make) -> None:
+    own, plain = (make_federation(rule, job=PLAN | {"federation.lora_rule": rule}).job() for rule in RULES)
+    assert "Deliver" in own.table_line().operations(own.federation)
+    assert "Deliver" not in plain.table_line().operations(plain.federation)
+
+
+RULES = ("FedSA-LoRA", "FedIT")
+
+
 @pytest.mark.parametrize(
     ("plan", "words"),
     [

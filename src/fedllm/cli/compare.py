@@ -44,7 +44,8 @@ def show_comparison(comparison: Comparison, *, as_json: bool) -> None:
     result = comparison.result
     if as_json:
         data = {"rows": comparison.rows, "sentence": comparison.sentence, "recovered": comparison.recovered}
-        print_json(data | {"run": str(result.path), "adapter": adapter_text(result)}, status=result.status)
+        adapter = str(result.adapter) if result.adapter_sha256 else None
+        print_json(data | {"run": str(result.path), "adapter": adapter}, status=result.status)
         return
     print_table(comparison.rows)
     first = comparison.rows[0]

@@ -21,7 +21,7 @@ from fedllm.runs.metrics import run_rows
 from fedllm.runs.plan_files import read_plan, write_plan, write_provenance
 from fedllm.runs.report import write_report
 from fedllm.runtime.base import Link, Ready
-from fedllm.runtime.delivery import write_adapter
+from fedllm.runtime.delivery import own_adapters, write_adapter
 from fedllm.runtime.driver import Driver, Outcome
 from fedllm.runtime.federation import LinkedFederation
 from fedllm.runtime.guard import Auditor
@@ -320,8 +320,8 @@ def finish(run: RunFolder, job: Job, parties: list[LocatedParty], outcome: Outco
     reason += "" if tensors else _EACH_ITS_OWN
     run.event("run_finished", detail=status)
     result = RunResult(run.path, status, outcome.state.round, best, sha256)
-    # Where each party has its own adapter, the parties' machines have something to judge.
-    verb = "eval" if tensors or parties else "report"
+    # Where each party has its own adapter, it is judged where that is.
+    verb = "eval" if tensors or own_adapters(run.path, job) else "report"
     facts = {"code": None, "where": "", "reason": reason, "next": f"fedllm {verb} {run.path}"}
     _write_result(run, result, facts)
     write_pages(run.path)
