@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import get_args
 
-from fedllm.aggregate.each import _FACTORS
+from fedllm.aggregate.each import EACH
 from fedllm.aggregate.rules import RULES, LoraRule, rule_table
 
 PAGE = Path(__file__).parents[2] / "docs" / "explanation" / "fedavg-lora.md"
@@ -18,4 +18,4 @@ def test_every_rule_has_its_line() -> None:
 
 
 def test_what_needs_each_update_makes_something_of_them() -> None:
-    assert set(_FACTORS) == {name for name, rule in RULES.items() if rule.needs_each}
+    assert {*EACH} == {name for name, rule in RULES.items() if rule.needs_each}

@@ -17,6 +17,7 @@ _ROUNDING = 1e-6
 # The factor that is drawn at random at the start, and the one that starts at zero. On embeddings they swap names.
 _DRAWN = re.compile(r"\.lora_(A|embedding_B)\.")
 _ZERO = re.compile(r"\.lora_(B|embedding_A)\.")
+_FACTOR = re.compile(r"\.lora_(embedding_)?[AB]\.")
 _RIGHT = re.compile(r"\.lora_(embedding_)?A\.")
 
 
@@ -37,16 +38,28 @@ def moving(rule: LoraRule, names: Iterable[str], number: int) -> list[str]:
 
 
 def travelling(rule: LoraRule, names: Iterable[str]) -> list[str]:
-    """Return which tensors travel; the others follow from the job's seed, or stay at their party.
+    """Return which tensors the parties are sent; the others follow from the job's seed, or stay at their party.
 
-    FedSA-LoRA (Guo et al. 2024, arXiv:2410.01463, section 3) shares the random factor, and each party keeps the other.
+    FedSA-LoRA (Guo et al. 2024, arXiv:2410.01463) shares the random factor, and each party keeps the other.
+    FLoRA draws both afresh in each round.
 
     Args:
         rule: The rule.
         names: All trained tensors.
     """
-    stays = {"FFA-LoRA": _DRAWN, "FedSA-LoRA": _ZERO}.get(rule)
+    stays = {"FFA-LoRA": _DRAWN, "FedSA-LoRA": _ZERO, "FLoRA": _FACTOR}.get(rule)
     return [name for name in names if stays is None or not stays.search(name)]
+
+
+def answered(rule: LoraRule, names: Iterable[str], number: int) -> list[str]:
+    """Return which tensors a party's answer brings the change of.
+
+    Args:
+        rule: The rule.
+        names: All trained tensors.
+        number: The round, from 1 on.
+    """
+    return [name for name in moving(rule, names, number) if rule != "FedSA-LoRA" or not _ZERO.search(name)]
 
 
 def sites(names: Iterable[str]) -> dict[str, tuple[str, str]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-LoraRule = Literal["FedIT", "FFA-LoRA", "RoLoRA", "FedSA-LoRA", "FlexLoRA"]
+LoraRule = Literal["FedIT", "FFA-LoRA", "RoLoRA", "FedSA-LoRA", "FlexLoRA", "FedEx-LoRA", "FLoRA"]
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,11 @@ class Rule:
     keeps_state: bool = False
     mixed_ranks: bool = True
 
+    @property
+    def starts_afresh(self) -> bool:
+        """Whether each round begins with factors drawn from the seed: all that was learned is beside the adapter."""
+        return self.folds and self.new_axes
+
 
 RULES: dict[LoraRule, Rule] = {
     "FedIT": Rule("both factors", "no"),
@@ -35,6 +40,8 @@ RULES: dict[LoraRule, Rule] = {
         "both; $A$ is averaged, $B$ stays at its party", "each party has a model of its own", keeps_state=True
     ),
     "FlexLoRA": Rule("both factors", "up to rank $r$", needs_each=True, new_axes=True),
+    "FedEx-LoRA": Rule("both factors", "yes", needs_each=True, folds=True, mixed_ranks=False),
+    "FLoRA": Rule("both factors, drawn afresh each round", "yes", needs_each=True, new_axes=True, folds=True),
 }
 
 

@@ -131,7 +131,7 @@ def slot_means(means: Mapping[str, torch.Tensor]) -> Tensors:
     The mean over all parties, in which a slot that is not owned counts as zero, is divided by the share of the weight
     that owns it. So a sum is enough: sum_i p_i x_i / sum_i p_i [i owns the slot].
 
-    Source: the zero padding of HetLoRA, Cho et al. 2024, arXiv:2401.06432, section 3. Differs: there the zeros count,
+    Source: the zero padding of HetLoRA, Cho et al. 2024, arXiv:2401.06432. Differs: there the zeros count,
     which pulls the slots that few own towards zero; and each party weighs by its data, not by its factors' norm.
 
     Args:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from fedllm.errors import ModelError
+from fedllm.models.branch import set_folded
 from fedllm.models.settings import PeftSettings
 from fedllm.seeds import global_generators_kept, stream
 from fedllm.wire.payload import Manifest, Tensors, TensorSpec, manifest_of
@@ -46,10 +47,11 @@ class TunableModel:
         return {name: self.trainable[name].detach().to("cpu", copy=True) for name in self.manifest}
 
     def write(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Set the trainable tensors in place; names and shapes must be those of `manifest`."""
+        """Set the trainable tensors in place, and what stands beside them (`folded/...`); names are of `manifest`."""
         with torch.no_grad():
             for name, parameter in self.trainable.items():
                 parameter.copy_(tensors[name])
+        set_folded(self.model, tensors)
 
     @contextmanager
     def only(self, names: Iterable[str]) -> Iterator[None]:
@@ -87,8 +89,19 @@ class TunableModel:
         return sum(parameter.numel() for parameter in self.trainable.values())
 
 
-def _first_value(name: str, spec: TensorSpec, seed: int) -> torch.Tensor:
-    draw = stream(seed, "initial", name)
+def fresh_factors(manifest: Manifest, seed: int, number: int) -> Tensors:
+    """Return LoRA's factors as they are drawn anew after a round; those of round 0 are `TunableModel.initial`'s.
+
+    Args:
+        manifest: The adapter's.
+        seed: The job's seed.
+        number: The round.
+    """
+    return {name: _first_value(name, spec, seed, number) for name, spec in manifest.items() if _DRAWN.search(name)}
+
+
+def _first_value(name: str, spec: TensorSpec, seed: int, number: int = 0) -> torch.Tensor:
+    draw = stream(seed, "initial", name, number) if number else stream(seed, "initial", name)
     value = spec.zeros()
     if _RANDOM_UNIFORM.search(name):
         bound = math.prod(spec.shape[1:]) ** -0.5

@@ -196,6 +196,7 @@ def _training(record: RunRecord, parties: int) -> str:
         "Scenario": record.setting("scenario") or record.provenance.get("scenario"),
         "Parties": parties or None,
         "Rounds": rounds,
+        "Rank of this adapter": _rank_text(record),
         "Delivered round": None if best is None else f"{best} ({delivery_text(record)})",
         "Optimiser steps, all parties": number_text(steps) if steps else None,
         "Target tokens, all parties, repeats counted": number_text(tokens) if tokens else None,
@@ -203,6 +204,13 @@ def _training(record: RunRecord, parties: int) -> str:
     }
     lines = [f"- {label}: {plain_markdown(one_line(value))}" for label, value in facts.items() if value is not None]
     return "\n".join(["## How it was trained\n", *lines, "", *_settings_table(record)])
+
+
+def _rank_text(record: RunRecord) -> str | None:
+    rank, trained = _adapter_config(record).get("r"), record.setting("peft.r")
+    if rank == trained or not isinstance(rank, int) or trained is None:
+        return None
+    return f"{rank}, of which each round trained {trained}; the rest is what the rounds added to the base"
 
 
 def _settings_table(record: RunRecord) -> list[str]:

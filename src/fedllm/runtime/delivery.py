@@ -6,15 +6,19 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fedllm.aggregate.folded import complete
+from fedllm.aggregate.slots import num_slots
 from fedllm.disk import disk_error, write_atomic
 from fedllm.job.job import Job
 from fedllm.models.adapter import save_adapter
+from fedllm.models.settings import PeftSettings
 from fedllm.runs.card import own_card
-from fedllm.wire.payload import Tensors
+from fedllm.wire.payload import Tensors, manifest_of
 
 if TYPE_CHECKING:
     from fedllm.runs.folder import RunFolder
     from fedllm.runtime.site import Site
+
 
 _FILE = "adapter_model.safetensors"
 
@@ -35,7 +39,9 @@ def write_adapter(tensors: Tensors, folder: Path, *, job: Job, base: Path, card:
     draft = folder.with_name(f"{folder.name}.tmp")
     shutil.rmtree(draft, ignore_errors=True)
     try:
-        save_adapter(tensors, folder=draft, base=base, peft=job.peft, name=job.model.model_name_or_path)
+        adapter = complete(tensors)
+        peft = of_rank(job.peft, num_slots(manifest_of(adapter)))
+        save_adapter(adapter, folder=draft, base=base, peft=peft, name=job.model.model_name_or_path)
         if card:
             write_atomic(draft / "README.md", card.encode())
         shutil.rmtree(folder, ignore_errors=True)
@@ -77,3 +83,17 @@ def own_adapters(run: Path, job: Job) -> dict[str, Path]:
     """
     folders = {party: own_adapter(run, party) for party in job.parties}
     return {party: folder for party, folder in folders.items() if (folder / _FILE).is_file()}
+
+
+def of_rank(peft: PeftSettings, rank: int) -> PeftSettings:
+    """Return the settings of an adapter of another rank with the same scale.
+
+    Args:
+        peft: The job's.
+        rank: The adapter's; 0 for one without LoRA's factors, whose settings are the job's.
+    """
+    if rank in (0, peft.r):
+        return peft
+    share = rank / peft.r
+    alpha = peft.lora_alpha * (share**0.5 if peft.use_rslora else share)
+    return peft.model_copy(update={"r": rank, "lora_alpha": alpha})

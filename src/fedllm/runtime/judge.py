@@ -16,6 +16,7 @@ from fedllm.evaluate.generation import generate_completions
 from fedllm.evaluate.loss import evaluate_examples
 from fedllm.evaluate.text_metrics import score_texts
 from fedllm.job.job import Job
+from fedllm.models.branch import set_folded
 from fedllm.models.saved import read_adapter
 from fedllm.runs.folder import attach, run_identity
 from fedllm.runs.plan_files import read_plan
@@ -54,7 +55,9 @@ def judge(site: Site, test: TestSet, tensors: Tensors | None) -> dict[str, Any]:
         tensors: The adapter; None for the bare base model.
     """
     evaluate, tokenizer, model = site.job.evaluate, site.base.tokenizer, site.model.model
-    if tensors is not None:
+    if tensors is None:
+        set_folded(model, {})
+    else:
         site.model.write(tensors)
     with model.disable_adapter() if tensors is None else nullcontext():
         batch_size = evaluate.per_device_eval_batch_size

@@ -31,6 +31,8 @@ from fedllm.train.base import LocalTrainer
 from fedllm.train.supervised import check_precision
 from fedllm.wire.payload import Tensors
 
+_MANY_ROUNDS = 10**9
+
 
 @dataclass
 class Site:
@@ -239,4 +241,5 @@ def open_host(
         states=run.party_states(name),
         rows=run.party_rows(name),
         blobs=site.blobs,
+        room=line.grown(job.federation, site.model.manifest, _MANY_ROUNDS, job.parties),
     )

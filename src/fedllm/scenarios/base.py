@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -32,6 +33,15 @@ class ScenarioSettings(BaseModel):
     min_parties: int = Field(2, ge=1, description="A round with fewer answers pauses the run.")
     fraction_train: float = Field(1.0, gt=0, le=1, description="Share of the parties drawn for each round.")
     round_timeout: float = Field(3600.0, gt=0, description="Seconds that a party has for one request.")
+
+    def cohort_size(self, num_parties: int) -> int:
+        """Return how many parties train in a round.
+
+        Args:
+            num_parties: Of the job.
+        """
+        share = math.ceil(self.fraction_train * num_parties - 1e-9)
+        return min(num_parties, max(share, self.min_parties))
 
 
 @dataclass(frozen=True)
@@ -252,7 +262,8 @@ class Scenario:
     `clashes(settings, train, peft, parties)` yields what cannot be asked together, as (key, what, fix).
     `answer(settings, manifest, round, party)` says what a party's answer to a round of training holds, for an adapter
     of these tensors. No round differs from the one two rounds before. `unused(settings)` names requests that a job with
-    these settings does not make.
+    these settings does not make, and `grown(settings, manifest, round, parties)` says by how many bytes a request is
+    longer than the adapter after so many rounds.
     """
 
     settings: type[ScenarioSettings]
@@ -265,6 +276,7 @@ class Scenario:
     answer: Callable[[Any, Manifest, int, str], Manifest]
     who_learns_what: tuple[str, ...]
     unused: Callable[[Any], tuple[type[Payload], ...]] = lambda settings: ()
+    grown: Callable[[Any, Manifest, int, Sequence[str]], int] = lambda settings, manifest, round_, parties: 0
 
     def operations(self, settings: ScenarioSettings) -> tuple[str, ...]:
         """Return the names of the requests that a job makes.

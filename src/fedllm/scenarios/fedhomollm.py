@@ -5,9 +5,9 @@ arXiv:1602.05629, algorithm 1, on PEFT parameters. Differs: the weighted sum is 
 so that its bits do not depend on the order of arrival; FedAvgM (Hsu et al. 2019) is offered beside FedAvg.
 
 A round: Train -> sum of updates -> server optimiser -> Evaluate -> sum of losses. Each sum is a `total`, so the
-server half needs no single party's update, but for FlexLoRA and the robust rules, which `ask`. The strategies
-(`fedllm.aggregate.server`), the rules for LoRA's factors (`fedllm.aggregate.lora`), the robust rules
-(`fedllm.aggregate.robust`) and the codecs (`fedllm.wire.codecs`) are settings of this conversation.
+server half needs no single party's update, but for the robust rules and those rules for LoRA's factors that say so in
+their table (`fedllm.aggregate.rules`), which `ask`. These, the strategies (`fedllm.aggregate.server`) and the codecs
+(`fedllm.wire.codecs`) are settings of this conversation.
 
 SCAFFOLD (Karimireddy et al. 2020, arXiv:1910.06378, algorithm 1, option II) differs in two things: its means are
 weighted as `weight_by` says, and a party whose answer was not counted goes back to the control variate before it, so
@@ -16,18 +16,19 @@ that c stays the mean of the c_i.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
 
 from fedllm.aggregate.each import combined
+from fedllm.aggregate.folded import grown_bytes, split
 from fedllm.aggregate.lora import drift, travelling
 from fedllm.aggregate.robust import RobustSettings, Update, robust_mean
 from fedllm.aggregate.server import StrategySettings, server_step
-from fedllm.aggregate.slots import slot_means
+from fedllm.aggregate.slots import num_slots, slot_means
 from fedllm.errors import RunFailed, RunPaused
+from fedllm.models.adapter import fresh_factors
 from fedllm.scenarios.base import (
     Federation,
     RoundResult,
@@ -82,7 +83,7 @@ class Server:
         number, settings = state.round + 1, self._settings
         adapter, control = select("adapter", state.tensors), self._control(state)
         counted = state.fields.get("counted", {})
-        # A state that ends here in the best round needs no copy of it at the parties yet.
+        # So that a party puts its own factor of the best round aside before it trains on.
         best = state.fields["best"] if rule_of(settings).keeps_state and settings.keep == "best" else None
         request = Train(adapter=_sent(settings, adapter), control=control, counted=counted, best=best)
         total = self._gathered(federation, request, number, adapter)
@@ -90,10 +91,13 @@ class Server:
         share = len(total.parties) / len(federation.parties)
         control = control | {name: control[name] + share * change for name, change in control_update.items()}
         rows = train_rows(number, replace(total, means=update)) + self._saved_rows(number, total, adapter)
+        rows += _added_rows(number, total)
         if met := select("drift", total.means):
             value = drift(met, adapter, update, seed=self._seed, number=number)
             rows += rows_of(number, None, None, {"lora_drift": value})
         moved, memory = server_step(adapter, select("server", state.tensors), update, settings=settings.strategy)
+        if rule_of(settings).folds:
+            moved = self._beside(moved, select("beside", total.means), number)
         tensors = prefixed("adapter", moved) | prefixed("server", memory) | prefixed("control", control)
         fields = state.fields | self._counted_after(counted, total, number)
         new = State(number, tensors | _best_so_far(state), fields)
@@ -108,7 +112,7 @@ class Server:
 
     def _gathered(self, federation: Federation, request: Train, number: int, adapter: Tensors) -> Total:
         """Return the mean update of a round, or what the settings put in its place."""
-        settings, whole = self._settings, manifest_of(adapter)
+        settings, whole = self._settings, _tuned(adapter)
 
         def manifest(party: str) -> Manifest:
             return answer(settings, whole, number, party)
@@ -126,10 +130,19 @@ class Server:
         updates = [Update(party, found.weight, select("update", found.tensors)) for party, found in answers]
         if settings.robust.name != "none":
             return replace(total, means=prefixed("update", robust_mean(adapter, updates, settings.robust)))
-        return replace(total, means=prefixed("update", combined(settings.lora_rule, adapter, updates)))
+        found = combined(settings.lora_rule, adapter, updates)
+        norm = {"added": torch.tensor(found.added_norm)} if rule_of(settings).folds else {}
+        return replace(total, means=prefixed("update", found.change) | prefixed("beside", found.folded) | norm)
+
+    def _beside(self, adapter: Tensors, folded: Tensors, number: int) -> Tensors:
+        """Return the global state with what stands beside the adapter after a round."""
+        plain, _ = split(adapter)
+        if rule_of(self._settings).starts_afresh:
+            plain |= fresh_factors(manifest_of(plain), self._seed, number)
+        return plain | folded
 
     def _saved_rows(self, number: int, total: Total, adapter: Tensors) -> list[Row]:
-        whole = manifest_of(adapter)
+        whole = _tuned(adapter)
         saved = {party: Answer(self._settings, whole, number, party).saved_bytes() for party in total.parties}
         return [
             row
@@ -169,8 +182,7 @@ class Server:
         return replace(result, failures=failures)
 
     def _cohort(self, parties: tuple[str, ...], number: int) -> list[str]:
-        share = math.ceil(self._settings.fraction_train * len(parties) - 1e-9)
-        size = min(len(parties), max(share, self._settings.min_parties))
+        size = self._settings.cohort_size(len(parties))
         chosen = set(stream(self._seed, "cohort", number).permutation(len(parties))[:size].tolist())
         return [party for index, party in enumerate(parties) if index in chosen]
 
@@ -218,6 +230,16 @@ def _sent(settings: Settings, adapter: Tensors) -> Tensors:
     return {name: adapter[name] for name in travelling(settings.lora_rule, adapter)}
 
 
+def _tuned(adapter: Tensors) -> Manifest:
+    return manifest_of(split(adapter)[0])
+
+
+def _added_rows(number: int, total: Total) -> list[Row]:
+    if "added" not in total.means:
+        return []
+    return rows_of(number, None, None, {"folded_norm": float(total.means["added"])})
+
+
 def _with_best(state: State, held_out: Total) -> State:
     sums = loss_sums(held_out)
     best_loss = state.fields["best_loss"]
@@ -253,10 +275,32 @@ def unused(settings: Settings) -> tuple[type[Payload], ...]:
     return () if rule_of(settings).keeps_state else (Deliver,)
 
 
+def grown(settings: Settings, adapter: Manifest, number: int, parties: Sequence[str]) -> int:
+    """Return by how many bytes a request is longer than the adapter after so many rounds, at most.
+
+    With FedEx-LoRA a round adds (N - 1) r columns to each site, with FLoRA the ranks of all N that train, until there
+    are as many as the site has rows or columns.
+
+    Args:
+        settings: The scenario's.
+        adapter: The tensors that are tuned.
+        number: The round.
+        parties: The job's.
+    """
+    if not rule_of(settings).folds:
+        return 0
+    rank = num_slots(adapter)
+    highest = sorted((settings.ranks.get(party, rank) for party in parties), reverse=True)
+    ranks = highest[: settings.cohort_size(len(parties))]
+    added = sum(ranks) if rule_of(settings).starts_afresh else sum(ranks[1:])
+    return grown_bytes(adapter, number * added)
+
+
 SCENARIO = Scenario(
     settings=Settings,
     requests=(SendInitial, Train, Evaluate, Deliver),
     unused=unused,
+    grown=grown,
     replies=(Initial, Summand, Delivered),
     server=Server,
     client=Client,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fedllm.aggregate.lora import moving, sites, travelling
+from fedllm.aggregate.lora import answered, sites
 from fedllm.aggregate.slots import Spread, num_slots, own_manifest
 from fedllm.scenarios.fedhomollm_settings import Settings, meets_drift, needs_each
 from fedllm.wire.codecs import Codec
@@ -31,10 +31,8 @@ class Answer:
     party: str
 
     def coded(self) -> Manifest:
-        """Return what is encoded: the update of what moved and travels, of the slots that the party owns."""
-        rule = self.settings.lora_rule
-        moved = set(moving(rule, self.adapter, self.number))
-        sent = {name: self.adapter[name] for name in travelling(rule, self.adapter) if name in moved}
+        """Return what is encoded: the update, of the slots that the party owns."""
+        sent = {name: self.adapter[name] for name in answered(self.settings.lora_rule, self.adapter, self.number)}
         if (rank := self.settings.ranks.get(self.party)) is not None:
             sent = own_manifest(sent, rank)
         fields = ("update", "control") if self.settings.strategy.name == "SCAFFOLD" else ("update",)

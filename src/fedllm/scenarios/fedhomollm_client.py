@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 
-from fedllm.aggregate.lora import moving, sketch, travelling
+from fedllm.aggregate.folded import check_folded, split
+from fedllm.aggregate.lora import answered, moving, sketch, travelling
 from fedllm.aggregate.rules import LoraRule
 from fedllm.aggregate.slots import own_slots, without_others
 from fedllm.data.batches import BatchOrder
 from fedllm.errors import PayloadError
 from fedllm.evaluate.loss import evaluate_examples
+from fedllm.models.adapter import fresh_factors
 from fedllm.scenarios.base import ClientContext, State, Summand
 from fedllm.scenarios.fedhomollm_kept import Kept
 from fedllm.scenarios.fedhomollm_messages import (
@@ -83,7 +85,7 @@ class Client:
     def _train(self, request: Train, number: int, deadline: float) -> Summand:
         c, settings = self._c, self._c.train_settings
         self._begin(request)
-        start = self._started(request.adapter)
+        start = self._started(request.adapter, number)
         if settings.optimizer_state == "reset":
             self._optimizer = make_optimizer(c.model.trainable, settings)
         moved = moving(self._rule, c.model.manifest, number)
@@ -93,7 +95,7 @@ class Client:
         self._round = number
         end = c.model.read()
         self._keep_own(end)
-        update = {name: end[name] - start[name] for name in moved if name in self._sent}
+        update = {name: end[name] - start[name] for name in answered(self._rule, moved, number)}
         if self._rank is not None:
             update = own_slots(update, self._rank)
         counts = {name: float(getattr(sums, name)) for name in ("loss_nats", "tokens", "examples", "steps")}
@@ -130,14 +132,20 @@ class Client:
             self._kept.now["lost"] = lost | {name: tensor - arrived[name] for name, tensor in whole.items()}
         return coded
 
-    def _whole(self, adapter: TensorMap, own: Tensors) -> TensorMap:
-        """Return all that the model computes with: what was sent, and what no message brings."""
-        check_manifest(adapter, self._sent, sender="server")
+    def _whole(self, adapter: TensorMap, own: Tensors, number: int) -> TensorMap:
+        """Return all that the model computes with: what was sent, and what no message brings, as of a round's end."""
+        c, plain = self._c, adapter
+        if rule_of(c.settings).folds:
+            plain, folded = split(adapter)
+            check_folded(folded, c.model.manifest, sender="server")
+        check_manifest(plain, self._sent, sender="server")
+        if rule_of(c.settings).starts_afresh:
+            return {**fresh_factors(c.model.manifest, c.seed, number), **adapter}
         return {**self._unsent, **own, **adapter} if self._unsent else adapter
 
-    def _started(self, adapter: TensorMap) -> TensorMap:
+    def _started(self, adapter: TensorMap, number: int) -> TensorMap:
         """Return what local training starts from, after the model has taken it over: of LoRA the party's own slots."""
-        whole = self._whole(adapter, self._kept.part("own"))
+        whole = self._whole(adapter, self._kept.part("own"), number - 1)
         start = whole if self._rank is None else without_others(whole, self._rank)
         self._c.model.write(start)
         return start
@@ -192,7 +200,7 @@ class Client:
     def _evaluate(self, request: Evaluate, number: int) -> Summand:
         c = self._c
         own = self._kept.part("own", was_counted=self._was_counted(request.counted))
-        c.model.write(self._whole(request.adapter, own))
+        c.model.write(self._whole(request.adapter, own, number))
         examples = c.data.held_out if request.split == "held_out" else c.data.common
         sums = evaluate_examples(c.model.model, examples, pad_id=c.pad_id, batch_size=c.eval_batch_size)
         if sums.tokens:
@@ -204,5 +212,5 @@ class Client:
         own = self._kept.part("own", was_counted=self._was_counted(request.counted))
         if request.delivered < request.counted.get(self._c.party, 0):
             own = self._kept.best
-        self._c.deliver(dict(self._whole(request.adapter, own)))
+        self._c.deliver(dict(self._whole(request.adapter, own, request.delivered)))
         return Delivered()

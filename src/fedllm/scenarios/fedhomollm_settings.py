@@ -23,7 +23,8 @@ class Settings(ScenarioSettings):
     lora_rule: LoraRule = Field(
         "FedIT",
         description="LoRA: average both factors (FedIT), only B (FFA-LoRA), B and A in turns (RoLoRA), only A while B "
-        "stays at its party (FedSA-LoRA), or the products (FlexLoRA).",
+        "stays at its party (FedSA-LoRA), or the products: cut to rank r (FlexLoRA), or exactly, by adding to the base "
+        "(FedEx-LoRA, FLoRA).",
     )
     ranks: dict[str, Annotated[int, Field(ge=1)]] = Field(
         default_factory=dict,
