@@ -10,8 +10,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from fedllm.aggregate.folded import FOLDED, complete
 from fedllm.aggregate.lora import sites
-from fedllm.models.adapter import TunableModel, fresh_factors
+from fedllm.models.adapter import TunableModel
 from fedllm.models.branch import set_folded
+from fedllm.models.fresh import fresh_factors
 from fedllm.models.settings import PeftSettings
 from fedllm.runtime.delivery import of_rank
 
@@ -146,4 +147,4 @@ def test_another_rank_has_the_same_scale(use_rslora: bool) -> None:
         return settings.lora_alpha / (settings.r**0.5 if use_rslora else settings.r)
 
     assert scale(of_rank(peft, 37)) == pytest.approx(scale(peft), rel=1e-12)
-    assert of_rank(peft, 4) is of_rank(peft, 0) is peft
+    assert of_rank(peft, 4) == peft

@@ -16,7 +16,7 @@ from fedllm.aggregate.folded import pairs, split
 from fedllm.aggregate.lora import sites
 from fedllm.aggregate.slots import own_slots
 from fedllm.errors import ConfigError
-from fedllm.models.adapter import fresh_factors
+from fedllm.models.fresh import fresh_factors
 from fedllm.runtime import judge as judging
 from fedllm.runtime.compare import compare
 from fedllm.runtime.export import export

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,9 @@ from fedllm.aggregate.slots import slot_axis
 from fedllm.errors import ConfigError
 from fedllm.runtime.plan import rehearse
 from fedllm.runtime.validate import validate
+from fedllm.scenarios.fedhomollm_settings import Settings, clashes
 from fedllm.train.base import TrainSums
+from fedllm.train.settings import TrainSettings
 from fedllm.train.supervised import SupervisedTrainer
 
 Make = Callable[..., TinyFederation]
@@ -166,6 +169,16 @@ def test_what_cannot_be_combined_is_refused_by_name(plan: dict[str, Any], words:
         federation.run()
     assert caught.value.code == "BAD_COMBINATION" and caught.value.fix
     assert not Path(federation.folder / "run").exists()
+
+
+@pytest.mark.parametrize("settings", [{"ranks": {"north": 1}}, {"lora_rule": "RoLoRA"}, {"lora_rule": "FLoRA"}])
+def test_what_is_about_lora_s_factors_is_refused_for_other_methods(settings: dict[str, Any]) -> None:
+    peft: Any = SimpleNamespace(peft_type="IA3", r=8, use_dora=False)
+    train = TrainSettings.model_validate({"local_steps": 1, "learning_rate": 0.1, "optimizer_state": "reset"})
+    found = list(clashes(Settings.model_validate({"num_rounds": 2} | settings), train, peft, ["north", "east"]))
+    assert len(found) == 1
+    key, what, _ = found[0]
+    assert key == f"federation.{next(iter(settings))}" and "IA3 has no" in what
 
 
 def test_a_rank_of_zero_is_no_rank(make_federation: Make) -> None:

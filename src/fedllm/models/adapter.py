@@ -89,19 +89,8 @@ class TunableModel:
         return sum(parameter.numel() for parameter in self.trainable.values())
 
 
-def fresh_factors(manifest: Manifest, seed: int, number: int) -> Tensors:
-    """Return LoRA's factors as they are drawn anew after a round; those of round 0 are `TunableModel.initial`'s.
-
-    Args:
-        manifest: The adapter's.
-        seed: The job's seed.
-        number: The round.
-    """
-    return {name: _first_value(name, spec, seed, number) for name, spec in manifest.items() if _DRAWN.search(name)}
-
-
-def _first_value(name: str, spec: TensorSpec, seed: int, number: int = 0) -> torch.Tensor:
-    draw = stream(seed, "initial", name, number) if number else stream(seed, "initial", name)
+def _first_value(name: str, spec: TensorSpec, seed: int) -> torch.Tensor:
+    draw = stream(seed, "initial", name)
     value = spec.zeros()
     if _RANDOM_UNIFORM.search(name):
         bound = math.prod(spec.shape[1:]) ** -0.5

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedllm.aggregate.folded import complete
+from fedllm.aggregate.folded import FOLDED, complete
 from fedllm.aggregate.slots import num_slots
 from fedllm.disk import disk_error, write_atomic
 from fedllm.job.job import Job
@@ -39,8 +39,10 @@ def write_adapter(tensors: Tensors, folder: Path, *, job: Job, base: Path, card:
     draft = folder.with_name(f"{folder.name}.tmp")
     shutil.rmtree(draft, ignore_errors=True)
     try:
-        adapter = complete(tensors)
-        peft = of_rank(job.peft, num_slots(manifest_of(adapter)))
+        adapter, peft = dict(tensors), job.peft
+        if any(name.startswith(FOLDED) for name in tensors):
+            adapter = complete(tensors)
+            peft = of_rank(peft, num_slots(manifest_of(adapter)))
         save_adapter(adapter, folder=draft, base=base, peft=peft, name=job.model.model_name_or_path)
         if card:
             write_atomic(draft / "README.md", card.encode())
@@ -90,10 +92,8 @@ def of_rank(peft: PeftSettings, rank: int) -> PeftSettings:
 
     Args:
         peft: The job's.
-        rank: The adapter's; 0 for one without LoRA's factors, whose settings are the job's.
+        rank: The adapter's.
     """
-    if rank in (0, peft.r):
-        return peft
     share = rank / peft.r
     alpha = peft.lora_alpha * (share**0.5 if peft.use_rslora else share)
     return peft.model_copy(update={"r": rank, "lora_alpha": alpha})

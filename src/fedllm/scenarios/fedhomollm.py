@@ -28,7 +28,7 @@ from fedllm.aggregate.robust import RobustSettings, Update, robust_mean
 from fedllm.aggregate.server import StrategySettings, server_step
 from fedllm.aggregate.slots import num_slots, slot_means
 from fedllm.errors import RunFailed, RunPaused
-from fedllm.models.adapter import fresh_factors
+from fedllm.models.fresh import fresh_factors
 from fedllm.scenarios.base import (
     Federation,
     RoundResult,

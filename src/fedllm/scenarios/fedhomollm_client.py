@@ -11,7 +11,7 @@ from fedllm.aggregate.slots import own_slots, without_others
 from fedllm.data.batches import BatchOrder
 from fedllm.errors import PayloadError
 from fedllm.evaluate.loss import evaluate_examples
-from fedllm.models.adapter import fresh_factors
+from fedllm.models.fresh import fresh_factors
 from fedllm.scenarios.base import ClientContext, State, Summand
 from fedllm.scenarios.fedhomollm_kept import Kept
 from fedllm.scenarios.fedhomollm_messages import (
