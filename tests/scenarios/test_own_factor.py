@@ -15,7 +15,9 @@ from safetensors.torch import load, load_file
 from tiny import TinyFederation
 
 from fedllm.aggregate.lora import sites
-from fedllm.errors import ConfigError, RunFailed
+from fedllm.errors import ConfigError, ResourceError, RunFailed
+from fedllm.runs.jsonl import read_rows
+from fedllm.runtime import delivery
 from fedllm.runtime import run as run_module
 from fedllm.runtime.compare import compare
 from fedllm.runtime.export import export
@@ -238,6 +240,23 @@ def test_a_party_that_fails_in_a_round_goes_on_with_what_it_had(make_federation:
         assert torch.equal(trainer.starts["north", 3][left], trainer.ends["north", 1][left])
         assert not torch.equal(trainer.starts["north", 3][right], trainer.ends["north", 1][right])
     assert resume(result.path).status == "PARTIAL"
+
+
+def test_a_party_that_cannot_take_its_adapter_is_named_and_the_others_have_theirs(
+    make_federation: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = delivery.write_adapter
+
+    def failing(tensors: Tensors, folder: Path, **options: Any) -> Path:
+        if "north" in folder.parts:
+            raise ResourceError("DISK_FULL", "no space is left", where=str(folder))
+        return write(tensors, folder, **options)
+
+    monkeypatch.setattr(delivery, "write_adapter", failing)
+    result = make_federation(job=PLAN).run()
+    assert result.status == "PARTIAL" and set(own_adapters(result)) == {"east", "south"}
+    failed = [row for row in read_rows(result.path / "events.jsonl") if row["event"] == "party_failed"]
+    assert [(row["party"], row["round"], row["code"]) for row in failed] == [("north", 3, "DISK_FULL")]
 
 
 class TwoNumbers:
