@@ -196,6 +196,17 @@ def test_the_same_job_twice_and_by_workers_gives_the_same_bits(make_federation: 
         assert one.adapter_sha256 == two.adapter_sha256
 
 
+@pytest.mark.parametrize("changes", [{"train.gradient_checkpointing": True}, {"data.packing": True}])
+def test_to_save_memory_or_padding_changes_nothing_but_rounding(changes: dict[str, Any], make_federation: Make) -> None:
+    plan = FEDEX | {"train.loss_normalization": "tokens", "train.optim": "sgd", "train.learning_rate": 0.5}
+    saved = []
+    for name, other in {"plain": {}, "other": changes}.items():
+        result = make_federation(name, job=plan | other).run()
+        saved.append(adapters(result)[3])
+    for site, product in products(saved[0]).items():
+        assert torch.allclose(product, products(saved[1])[site], atol=1e-5)
+
+
 def test_what_is_sent_down_grows_and_what_is_sent_up_does_not(make_federation: Make) -> None:
     result = make_federation(job=FEDEX | {"federation.drift_meter": False}).run()
     plain = make_federation("plain", job=PLAN | {"federation.drift_meter": False}).run()

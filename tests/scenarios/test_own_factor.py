@@ -70,8 +70,9 @@ def test_the_plan_foretells_the_bytes(case: str, make_federation: Make) -> None:
     check_the_plan(make_federation(job=CASES[case] | {"federation.num_rounds": 6}))
 
 
-def test_the_same_job_twice_gives_the_same_adapters(make_federation: Make) -> None:
-    one, two = (make_federation(name, job=PLAN).run() for name in ("one", "two"))
+def test_the_same_job_by_worker_processes_gives_the_same_adapters(make_federation: Make) -> None:
+    one = make_federation("one", job=PLAN).run()
+    two = make_federation("two", job=PLAN).run(num_workers=2)
     assert own_adapters(one) == own_adapters(two)
 
 
