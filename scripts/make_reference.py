@@ -195,7 +195,8 @@ def _type(item: Schema) -> str:
     if kind == "array":
         return f"list of {_type(item['items'])}"
     if kind == "object":
-        return "mapping of strings"
+        values = item.get("additionalProperties", {})
+        return f"mapping of name to {_type(values)}" if values.get("type") == "integer" else "mapping of strings"
     words = {"integer": "integer", "number": "number", "string": "string", "boolean": "true or false", "null": "null"}
     return words.get(kind, kind) + _bounds(item)
 

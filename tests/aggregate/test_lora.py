@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from fedllm.aggregate.lora import LoraRule, drift, moving, sites, sketch, travelling, truncated_product
+from fedllm.aggregate.lora import answered, drift, moving, sites, sketch, travelling, truncated_product
+from fedllm.aggregate.rules import LoraRule
 
 A, B = "base.q_proj.lora_A.default.weight", "base.q_proj.lora_B.default.weight"
 EA, EB = "base.embed.lora_embedding_A.default", "base.embed.lora_embedding_B.default"
@@ -26,6 +27,8 @@ Tensors = dict[str, torch.Tensor]
         ("FFA-LoRA", 2, [B, EA, HEAD]),
         ("RoLoRA", 1, [B, EA, HEAD]),
         ("RoLoRA", 2, [A, EB, HEAD]),
+        ("FedSA-LoRA", 1, NAMES),
+        ("FLoRA", 2, NAMES),
     ],
 )
 def test_what_moves(rule: LoraRule, number: int, expected: list[str]) -> None:
@@ -34,7 +37,16 @@ def test_what_moves(rule: LoraRule, number: int, expected: list[str]) -> None:
 
 def test_what_never_moves_need_not_travel() -> None:
     assert travelling("FFA-LoRA", NAMES) == [B, EA, HEAD]
-    assert travelling("RoLoRA", NAMES) == travelling("FedIT", NAMES) == NAMES
+    assert travelling("RoLoRA", NAMES) == travelling("FedIT", NAMES) == travelling("FedEx-LoRA", NAMES) == NAMES
+    # What stays at its party, and what is drawn afresh.
+    assert travelling("FedSA-LoRA", NAMES) == [A, EB, HEAD]
+    assert travelling("FLoRA", NAMES) == [HEAD]
+
+
+def test_what_an_answer_brings() -> None:
+    assert answered("FedSA-LoRA", NAMES, 1) == answered("FedSA-LoRA", NAMES, 2) == [A, EB, HEAD]
+    assert answered("FLoRA", NAMES, 1) == answered("FedIT", NAMES, 1) == NAMES
+    assert answered("RoLoRA", NAMES, 2) == [A, EB, HEAD]
 
 
 def test_sites_are_pairs_of_factors() -> None:

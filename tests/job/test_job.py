@@ -269,6 +269,7 @@ def test_the_digest_does_not_change_from_release_to_release_unnoticed(tmp_path: 
         "federation.lora_rule",
         "federation.min_parties",
         "federation.num_rounds",
+        "federation.ranks",
         "federation.robust.clip_norm",
         "federation.robust.name",
         "federation.robust.num_malicious",

@@ -37,9 +37,7 @@ class Disk:
         monkeypatch.setattr(run_module, "concluding", lambda run: nullcontext())
         monkeypatch.setattr(Path, "replace", lambda path, target: self._at(self._replace, path, target))
         monkeypatch.setattr(Path, "unlink", lambda path, **options: self._at(self._unlink, path, **options))
-        monkeypatch.setattr(
-            run_module.shutil, "rmtree", lambda path, **options: self._at(self._rmtree, path, **options)
-        )
+        monkeypatch.setattr(shutil, "rmtree", lambda path, **options: self._at(self._rmtree, path, **options))
 
     def _at(self, call: Callable[..., Any], *args: Any, **options: Any) -> Any:
         self._tick()

@@ -296,6 +296,17 @@ def test_tensors_far_larger_than_the_adapter_are_refused_and_not_fetched(tmp_pat
         assert fetched.calls == calls
 
 
+def test_a_request_may_be_longer_by_what_the_rules_of_the_job_add(tmp_path: Path) -> None:
+    host = host_in(tmp_path)
+    host.room = 1000
+    frame = encode(work(2.0), envelope_of())
+    host.fetch = fetched = Fetched(tmp_path, frame)
+    begin(host)
+    for size, calls in ((2**24 + 1001, 0), (2**24 + 1000, 1)):
+        host.handle(pack(replace(frame, envelope=envelope_of(), blob_size=size), omit_blob=True), timeout_s=60)
+        assert fetched.calls == calls
+
+
 def test_the_time_to_answer_begins_when_the_tensors_are_there(tmp_path: Path) -> None:
     host = host_in(tmp_path)
     deadlines: list[float] = []

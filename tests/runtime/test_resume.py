@@ -53,6 +53,27 @@ def test_a_crash_at_any_touch_of_the_disk_changes_nothing(
         assert not list(result.path.rglob("*.tmp")) or point < 20
 
 
+def test_a_party_s_own_factor_survives_a_crash_at_any_touch_of_the_disk(
+    make_federation: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def own(path: Path) -> dict[str, bytes]:
+        return {file.parts[-3]: file.read_bytes() for file in path.glob("parties/*/adapter/adapter_model.safetensors")}
+
+    plan = PLAN | {"federation.lora_rule": "FedSA-LoRA"}
+    federation = make_federation(sizes={"north": 5, "south": 4}, job=plan)
+    share_the_base(monkeypatch, federation)
+    disk = Disk(monkeypatch)
+    expected = federation.run("unbroken")
+    # Every sixth point of the run, and every one near its end, where the adapters are handed over.
+    for point in sorted({*range(1, disk.count, 6), *range(disk.count - 25, disk.count)}):
+        folder = f"crash{point}"
+        with pytest.raises(Crash), disk.crashing_at(point):
+            federation.run(folder)
+        result = go_on(federation, folder)
+        assert own(result.path) == own(expected.path) and len(own(result.path)) == 2, point
+        committed_once(result.path, 3)
+
+
 def test_a_run_that_crashes_at_every_point_in_turn_still_arrives(
     make_federation: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:

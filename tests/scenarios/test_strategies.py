@@ -9,16 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from rounds import adapters, broken_and_resumed, bytes_of, changed, check_the_plan
 from safetensors.torch import load_file
 from tiny import TinyFederation
 
 from fedllm.aggregate.lora import sites
 from fedllm.aggregate.server import DEFAULTS
 from fedllm.errors import ConfigError, RunFailed
-from fedllm.runs.folder import RunFolder
-from fedllm.runtime.plan import rehearse
-from fedllm.runtime.run import RunResult, Watch, resume
-from fedllm.runtime.validate import validate
+from fedllm.runtime.run import RunResult
 from fedllm.scenarios.base import Summand
 from fedllm.scenarios.fedhomollm import Client, Settings, Train
 from fedllm.train.base import TrainSums
@@ -63,44 +61,13 @@ CASES = {name: options_of(name) for name in DEFAULTS} | {
 def test_a_run_that_is_resumed_ends_as_the_unbroken_one(case: str, make_federation: Make) -> None:
     federation = make_federation(job=CASES[case])
     expected = federation.run("unbroken")
-
-    def stop(number: int, rows: Any) -> None:
-        if number == 2:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        federation.run("broken", watch=Watch(on_round=stop))
-    result = resume(federation.folder / "broken")
+    result = broken_and_resumed(federation, after=2)
     assert (result.status, result.rounds, result.adapter_sha256) == ("SUCCESS", 3, expected.adapter_sha256)
 
 
 def test_every_strategy_and_rule_goes_another_way(make_federation: Make) -> None:
     shas = {case: make_federation(case, job=plan).run().adapter_sha256 for case, plan in CASES.items()}
     assert len(set(shas.values())) == len(CASES), shas
-
-
-def adapters(result: RunResult) -> dict[int, Adapter]:
-    """Return the global adapters of the rounds that are kept, from the server's checkpoints."""
-    run = RunFolder.open(result.path)
-    try:
-        states = run.checkpoints()
-        loaded = {number: states.load(number).tensors for number in states.valid()}
-    finally:
-        run.close()
-    head = "adapter/"
-    return {
-        number: {name.removeprefix(head): tensor for name, tensor in tensors.items() if name.startswith(head)}
-        for number, tensors in loaded.items()
-    }
-
-
-def changed(before: Adapter, after: Adapter) -> set[str]:
-    """Return which factors differ: `A`, `B`."""
-    return {name.split(".lora_")[1][0] for name in before if not torch.equal(before[name], after[name])}
-
-
-def bytes_of(result: RunResult, way: str) -> float:
-    return sum(row["value"] for row in result.rows() if row["name"] == f"bytes_{way}" and row["round"] == 3)
 
 
 def test_rolora_moves_b_in_odd_rounds_and_a_in_even_ones_and_sends_nothing_else(make_federation: Make) -> None:
@@ -243,13 +210,7 @@ def test_more_local_steps_drift_further(make_federation: Make) -> None:
 
 @pytest.mark.parametrize("case", ["FedAvg", "SCAFFOLD", "FFA-LoRA", "RoLoRA", "TopK", "int4, Median"])
 def test_the_plan_foretells_the_bytes(case: str, make_federation: Make) -> None:
-    federation = make_federation(job=CASES[case] | {"federation.num_rounds": 6})
-    foretold = rehearse(federation.job(), validate(federation.job(), federation.parties()))
-    rows = [row for row in federation.run().rows() if row["name"] in ("bytes_up", "bytes_down")]
-    assert foretold.total == pytest.approx(sum(row["value"] for row in rows), rel=0.02)
-    assert foretold.most_up["north"].per_round == pytest.approx(
-        max(row["value"] for row in rows if row["name"] == "bytes_up" and row["party"] == "north"), rel=0.02
-    )
+    check_the_plan(make_federation(job=CASES[case] | {"federation.num_rounds": 6}))
 
 
 def test_what_a_codec_saves_is_told(make_federation: Make) -> None:

@@ -5,24 +5,24 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal
 
 import torch
 
+from fedllm.aggregate.rules import LoraRule
 from fedllm.seeds import stream
 
 Tensors = dict[str, torch.Tensor]
 _ROUNDING = 1e-6
-LoraRule = Literal["FedIT", "FFA-LoRA", "RoLoRA", "FlexLoRA"]
 
 # The factor that is drawn at random at the start, and the one that starts at zero. On embeddings they swap names.
 _DRAWN = re.compile(r"\.lora_(A|embedding_B)\.")
 _ZERO = re.compile(r"\.lora_(B|embedding_A)\.")
+_FACTOR = re.compile(r"\.lora_(embedding_)?[AB]\.")
 _RIGHT = re.compile(r"\.lora_(embedding_)?A\.")
 
 
 def moving(rule: LoraRule, names: Iterable[str], number: int) -> list[str]:
-    """Return which tensors are trained and sent in a round.
+    """Return which tensors are trained in a round.
 
     FFA-LoRA (Sun et al. 2024, arXiv:2403.12313, section 3) never moves the random factor. RoLoRA (Chen et al. 2024,
     arXiv:2409.02346, algorithm 1) moves the other one in odd rounds and the random one in even rounds. With one factor
@@ -38,13 +38,28 @@ def moving(rule: LoraRule, names: Iterable[str], number: int) -> list[str]:
 
 
 def travelling(rule: LoraRule, names: Iterable[str]) -> list[str]:
-    """Return which tensors the parties must be sent; the others follow from the job's seed.
+    """Return which tensors the parties are sent; the others follow from the job's seed, or stay at their party.
+
+    FedSA-LoRA (Guo et al. 2024, arXiv:2410.01463) shares the random factor, and each party keeps the other.
+    FLoRA draws both afresh in each round.
 
     Args:
         rule: The rule.
         names: All trained tensors.
     """
-    return [name for name in names if rule != "FFA-LoRA" or not _DRAWN.search(name)]
+    stays = {"FFA-LoRA": _DRAWN, "FedSA-LoRA": _ZERO, "FLoRA": _FACTOR}.get(rule)
+    return [name for name in names if stays is None or not stays.search(name)]
+
+
+def answered(rule: LoraRule, names: Iterable[str], number: int) -> list[str]:
+    """Return which tensors a party's answer brings the change of.
+
+    Args:
+        rule: The rule.
+        names: All trained tensors.
+        number: The round, from 1 on.
+    """
+    return [name for name in moving(rule, names, number) if rule != "FedSA-LoRA" or not _ZERO.search(name)]
 
 
 def sites(names: Iterable[str]) -> dict[str, tuple[str, str]]:
@@ -138,6 +153,21 @@ def factors_of(
     return d_left, d_right, before[right].double() + d_right
 
 
+def party_factors(
+    before: Mapping[str, torch.Tensor], update: Mapping[str, torch.Tensor], left: str, right: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a party's factors B and A of a site after its training, float64, with the slots that it owns.
+
+    Args:
+        before: The global state that it started from.
+        update: Its update, of its own slots.
+        left: Name of B.
+        right: Name of A.
+    """
+    rank = update[left].shape[1]
+    return before[left][:, :rank].double() + update[left], before[right][:rank].double() + update[right]
+
+
 def truncated_product(
     before: Mapping[str, torch.Tensor], updates: Sequence[Mapping[str, torch.Tensor]], shares: Sequence[float]
 ) -> Tensors:
@@ -149,18 +179,19 @@ def truncated_product(
     Source: Bai et al. 2024, arXiv:2402.11505, section 4. Differs: the decomposition is of the small core between the
     QR factors of the stacked B and A, never of the product itself.
 
+    A party of a lower rank has the first slots, which are the best part of that rank: the singular values fall.
+
     Args:
         before: The global state.
-        updates: The parties' updates.
+        updates: The parties' updates, each of its own slots.
         shares: The parties' weights, 1 in all.
     """
     changes: Tensors = {}
     for left, right in sites(before).values():
-        parts = [factors_of(before, update, left, right) for update in updates]
-        old = before[left].double()
-        scaled = [share * (old + d_left) for share, (d_left, _, _) in zip(shares, parts, strict=True)]
+        parts = [party_factors(before, update, left, right) for update in updates]
+        scaled = [share * b for share, (b, _) in zip(shares, parts, strict=True)]
         q_left, r_left = torch.linalg.qr(torch.cat(scaled, dim=1))
-        q_right, r_right = torch.linalg.qr(torch.cat([new_right for _, _, new_right in parts]).T)
+        q_right, r_right = torch.linalg.qr(torch.cat([a for _, a in parts]).T)
         u, s, v = torch.linalg.svd(r_left @ r_right.T, full_matrices=False)
         rank = before[left].shape[1]
         root = s[:rank].sqrt()
@@ -169,6 +200,6 @@ def truncated_product(
             # A site that is smaller than its rank has no more directions than these.
             new_left = torch.nn.functional.pad(new_left, (0, rank - len(s)))
             new_right = torch.nn.functional.pad(new_right, (0, 0, 0, rank - len(s)))
-        changes[left] = (new_left - old).float()
+        changes[left] = (new_left - before[left].double()).float()
         changes[right] = (new_right - before[right].double()).float()
     return changes

@@ -8,7 +8,7 @@ import typer
 
 from fedllm.cli.live import live_view
 from fedllm.cli.output import print_json
-from fedllm.cli.run import AsJson, JobFile, Output, Overrides, Quiet
+from fedllm.cli.run import AsJson, JobFile, Output, Overrides, Quiet, adapter_text
 
 if TYPE_CHECKING:
     from fedllm.runtime.compare import Comparison
@@ -45,14 +45,15 @@ def show_comparison(comparison: Comparison, *, as_json: bool) -> None:
     result = comparison.result
     if as_json:
         data = {"rows": comparison.rows, "sentence": comparison.sentence, "recovered": comparison.recovered}
-        print_json(data | {"run": str(result.path), "adapter": str(result.adapter)}, status=result.status)
+        adapter = str(result.adapter) if result.adapter_sha256 else None
+        print_json(data | {"run": str(result.path), "adapter": adapter}, status=result.status)
         return
     print_table(comparison.rows)
     first = comparison.rows[0]
     typer.echo(f"\n{comparison.sentence}")
     if "bleu_signature" in first:
         typer.echo(f"BLEU: {first['bleu_signature']}   ROUGE tokenizer: {first['rouge_tokenizer']}")
-    typer.echo(f"\nadapter  {result.adapter}\nreport   {result.path / 'report.html'}")
+    typer.echo(f"\nadapter  {adapter_text(result)}\nreport   {result.path / 'report.html'}")
 
 
 def print_table(rows: list[dict[str, object]]) -> None:

@@ -20,6 +20,8 @@ Overrides = Annotated[
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="Run folder. Default: runs/NAME-DIGEST.")]
 Workers = Annotated[int, typer.Option("--workers", min=0, help="Worker processes to share the parties; 0: none.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
+# Where each party has its own; only those of this machine.
+OWN_ADAPTERS = "parties/*/adapter"
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
 
 
@@ -49,7 +51,8 @@ def show_result(result: RunResult, *, as_json: bool) -> None:
         result: The result.
         as_json: Print the JSON envelope instead.
     """
-    paths = {"run": str(result.path), "adapter": str(result.adapter), "report": str(result.path / "report.html")}
+    adapter = str(result.adapter) if result.adapter_sha256 else None
+    paths = {"run": str(result.path), "adapter": adapter, "report": str(result.path / "report.html")}
     if as_json:
         facts = {"rounds": result.rounds, "best_round": result.best_round, "adapter_sha256": result.adapter_sha256}
         print_json(paths | facts, status=result.status)
@@ -57,6 +60,20 @@ def show_result(result: RunResult, *, as_json: bool) -> None:
     out = console()
     best = "" if result.best_round in (None, result.rounds) else f"; round {result.best_round}, the best, is delivered"
     out.print(f"[bold]{result.status}[/bold]: {result.rounds} rounds committed{best}")
-    typer.echo(f"adapter  {paths['adapter']}")
+    typer.echo(f"adapter  {adapter_text(result)}")
     typer.echo(f"report   {paths['report']}")
-    typer.echo(f"next     fedllm eval {result.path}")
+    is_here = result.adapter_sha256 or any(result.path.glob(OWN_ADAPTERS))
+    typer.echo(f"next     fedllm {'eval' if is_here else 'report'} {result.path}")
+
+
+def adapter_text(result: RunResult) -> str:
+    """Return where a finished run's adapter is; where each party has its own, where those are.
+
+    Args:
+        result: The result.
+    """
+    if result.adapter_sha256 or not result.is_finished:
+        return str(result.adapter)
+    if any(result.path.glob(OWN_ADAPTERS)):
+        return f"{result.path / 'parties' / 'NAME' / 'adapter'}  (each party has its own)"
+    return "each party has its own, at its site: parties/NAME/adapter of the run there"

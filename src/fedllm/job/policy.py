@@ -112,7 +112,7 @@ def _error(rule: Rule, party: Party) -> PolicyError:
 
 
 def _operations(job: Job) -> tuple[str, ...]:
-    return tuple(request.__name__ for request in job.table_line().requests)
+    return job.table_line().operations(job.federation)
 
 
 def _what_runs(job: Job, limits: Limits) -> Iterator[Rule]:

@@ -2,66 +2,23 @@
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from fedllm.models.adalora import budget, kept_values, penalty
 from fedllm.models.bottleneck import bottlenecks
+from fedllm.models.branch import set_folded
+from fedllm.models.fresh import first_value, is_drawn
 from fedllm.models.load import model_config
 from fedllm.models.methods import attach
 from fedllm.models.settings import OWN_TYPES, PROMPT_TYPES, PeftSettings
-from fedllm.seeds import global_generators_kept, stream
+from fedllm.seeds import global_generators_kept
 from fedllm.tasks import AUTO_CLASSES, CAUSAL_LM, LANGUAGE, Task, TaskName
-from fedllm.wire.payload import Manifest, Tensors, TensorSpec, manifest_of
-
-# (generator, shape) -> first values.
-_Draw = Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]
-
-
-def _uniform(draw: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-    bound = math.prod(shape[1:]) ** -0.5
-    return draw.uniform(-bound, bound, shape)
-
-
-def _normal(draw: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-    return draw.standard_normal(shape)
-
-
-def _small(draw: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-    return 0.02 * draw.standard_normal(shape)
-
-
-def _zero(draw: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-    return np.zeros(shape)
-
-
-_LORA_DRAWS: dict[str, _Draw] = {
-    r"\.lora_A\.": _uniform,
-    r"\.lora_embedding_B\.": _normal,
-    r"\.lora_(B|embedding_A)\.": _zero,
-}
-_PROMPT_DRAWS: dict[str, _Draw] = {
-    r"^prompt_encoder\..*embedding\.weight$": _normal,
-    r"^prompt_encoder\..*\.weight$": _uniform,
-    r"^prompt_encoder\.": _zero,
-}
-# Method -> pattern of a parameter's name -> its first values. The first that fits counts. What fits none is computed
-# from the base model, or is the base model's own.
-_DRAWS: dict[str, dict[str, _Draw]] = {
-    "LORA": _LORA_DRAWS,
-    "ADALORA": {r"\.lora_(A|B)\.": _small, r"\.lora_E\.": _zero},
-    "PREFIX_TUNING": _PROMPT_DRAWS,
-    "PROMPT_TUNING": _PROMPT_DRAWS,
-    "P_TUNING": _PROMPT_DRAWS,
-    "BOTTLENECK": {r"\.bottleneck\.down\.weight$": _uniform, r"\.bottleneck\.": _zero},
-}
+from fedllm.wire.payload import Manifest, Tensors, manifest_of
 
 
 class TunableModel:
@@ -82,7 +39,7 @@ class TunableModel:
         self._given = {
             name: parameter.detach().clone()
             for name, parameter in self.trainable.items()
-            if _draw_of(name, peft) is None
+            if not is_drawn(name, peft.peft_type)
         }
 
     def read(self) -> Tensors:
@@ -90,10 +47,11 @@ class TunableModel:
         return {name: self.trainable[name].detach().to("cpu", copy=True) for name in self.manifest}
 
     def write(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Set the trainable tensors in place; names and shapes must be those of `manifest`."""
+        """Set the trainable tensors in place, and what stands beside them (`folded/...`); names are of `manifest`."""
         with torch.no_grad():
             for name, parameter in self.trainable.items():
                 parameter.copy_(tensors[name])
+        set_folded(self.model, tensors)
 
     @contextmanager
     def only(self, names: Iterable[str]) -> Iterator[None]:
@@ -159,33 +117,22 @@ class TunableModel:
     def initial(self, seed: int) -> Tensors:
         """Return the first values of what is tuned, drawn from the job's seed alone.
 
-        They are distributed as PEFT draws them (LoRA's A is Kaiming-uniform, +-1/sqrt(fan_in)), but come from a
-        counter-based generator, so that machines and library versions agree. Of virtual tokens only the biases of the
-        network behind them differ: they begin at 0. What PEFT computes from the base is kept (DoRA's magnitudes,
-        modules to save), and so are the base's own parameters.
+        What PEFT computes from the base is kept (DoRA's magnitudes, modules to save), and so are the base's own
+        parameters.
 
         Args:
             seed: The job's seed.
         """
-        return {name: self._first_value(name, spec, seed) for name, spec in self.manifest.items()}
-
-    def _first_value(self, name: str, spec: TensorSpec, seed: int) -> torch.Tensor:
-        draw = _draw_of(name, self.peft)
-        if draw is None:
-            return self._given[name].to("cpu", copy=True)
-        values = draw(stream(seed, "initial", name), tuple(spec.shape))
-        return torch.from_numpy(values).to(spec.zeros().dtype)
+        return {
+            name: self._given[name].to("cpu", copy=True)
+            if name in self._given
+            else first_value(name, spec, self.peft.peft_type, seed=seed)
+            for name, spec in self.manifest.items()
+        }
 
     def num_trainable(self) -> int:
         """Return how many numbers are trained."""
         return sum(parameter.numel() for parameter in self.trainable.values())
-
-
-def _draw_of(name: str, peft: PeftSettings) -> _Draw | None:
-    for pattern, draw in _DRAWS.get(peft.peft_type, {}).items():
-        if re.search(pattern, name):
-            return draw
-    return None
 
 
 def skeleton(folder: Path, peft: PeftSettings, task: Task = LANGUAGE) -> TunableModel:

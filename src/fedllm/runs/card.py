@@ -13,7 +13,7 @@ from fedllm.runs.charts import number_text
 from fedllm.runs.jsonl import Row
 from fedllm.runs.report_data import RunRecord, added, read_run
 from fedllm.runs.report_panels import delivery_text, score_text
-from fedllm.tasks import AUTO_CLASSES, CAUSAL_LM, CLASSIFICATION, SEQ2SEQ_LM, TaskName
+from fedllm.tasks import AUTO_CLASSES, CAUSAL_LM, CLASSIFICATION, SEQ2SEQ_LM, Task, TaskName
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff\u2028\u2029\u202a-\u202e\u2066-\u2069]+")
@@ -75,10 +75,36 @@ def model_card(run: Path) -> str:
             _training(record, parties),
             _result_text(record, results),
             _PROTECTION,
-            _loading(record, base),
+            _loading(base, _task(record), own=record.setting("peft.peft_type") in OWN_TYPES),
             _provenance(record),
         ]
     )
+
+
+def own_card(name: str, base: str, task: Task) -> str:
+    """Return the README.md of an adapter that is one party's own; it names no party.
+
+    Args:
+        name: The job.
+        base: The base model, without the folders above it.
+        task: What it is tuned to do.
+    """
+    return f"""---
+library_name: peft
+pipeline_tag: {_PIPELINES[task.name]}
+tags: [fedllm, federated-learning, lora]
+---
+
+# {plain_markdown(one_line(name))}: one party's own adapter
+
+An adapter for {code_span(one_line(base))}, made with fedllm by FedSA-LoRA: factor A is the same for all parties of the
+job, factor B is this party's own and never left its site. The other parties have other adapters, and there is none for
+all.
+
+B was trained on this party's examples alone, without differential privacy: there is no bound on what it remembers of
+them. Do not publish it if that matters before you have tested what it gives away.
+
+{_loading(one_line(base), task)}"""
 
 
 def one_line(value: Any) -> str:
@@ -146,7 +172,7 @@ def _results(record: RunRecord) -> dict[str, dict[str, float]]:
 def _front_matter(record: RunRecord, *, name: str, base: str, results: dict[str, dict[str, float]]) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
-    pipeline = _PIPELINES[record.setting("data.task") or CAUSAL_LM]
+    pipeline = _PIPELINES[_task(record).name]
     found = [
         EvalResult(
             task_type=pipeline,
@@ -181,6 +207,7 @@ def _training(record: RunRecord, parties: int) -> str:
         "Scenario": record.setting("scenario") or record.provenance.get("scenario"),
         "Parties": parties or None,
         "Rounds": rounds,
+        "Rank of this adapter": _rank_text(record),
         "Delivered round": None if best is None else f"{best} ({delivery_text(record)})",
         "Optimiser steps, all parties": number_text(steps) if steps else None,
         "Target tokens, all parties, repeats counted": number_text(tokens) if tokens else None,
@@ -188,6 +215,13 @@ def _training(record: RunRecord, parties: int) -> str:
     }
     lines = [f"- {label}: {plain_markdown(one_line(value))}" for label, value in facts.items() if value is not None]
     return "\n".join(["## How it was trained\n", *lines, "", *_settings_table(record)])
+
+
+def _rank_text(record: RunRecord) -> str | None:
+    rank, trained = _adapter_config(record).get("r"), record.setting("peft.r")
+    if rank == trained or not isinstance(rank, int) or trained is None:
+        return None
+    return f"{rank}, of which each round trained {trained}; the rest is what the rounds added to the base"
 
 
 def _settings_table(record: RunRecord) -> list[str]:
@@ -229,11 +263,14 @@ def _others(rows: list[Row]) -> dict[str, dict[str, float]]:
     return {label: values for label, values in found.items() if values}
 
 
-def _loading(record: RunRecord, base: str) -> str:
-    name, auto_class = json.dumps(base, ensure_ascii=False), AUTO_CLASSES[record.setting("data.task") or CAUSAL_LM]
-    own = record.setting("peft.peft_type") in OWN_TYPES
+def _task(record: RunRecord) -> Task:
+    return Task(record.setting("data.task") or CAUSAL_LM, tuple(record.setting("data.labels") or ()))
+
+
+def _loading(base: str, task: Task, *, own: bool = False) -> str:
+    name, auto_class = json.dumps(base, ensure_ascii=False), AUTO_CLASSES[task.name]
     library, load = ("fedllm", "load_adapter") if own else ("peft", "PeftModel.from_pretrained")
-    labels = {number: one_line(label) for number, label in enumerate(record.setting("data.labels") or ())}
+    labels = {number: one_line(label) for number, label in enumerate(task.labels)}
     head = f", id2label={labels!r}" if labels else ""
     return f"""## How to load it
 

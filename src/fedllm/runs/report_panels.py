@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable
 
+from fedllm.aggregate.rules import RULES
 from fedllm.runs.charts import (
     Drawing,
     Labels,
@@ -46,11 +47,17 @@ def _common_loss(record: RunRecord) -> Drawing | None:
     note = "Broken lines: other models of the comparison, after their own training." if record.comparison_rows() else ""
     return line_chart(
         Labels("loss-common", "Loss on the common test set", "nats per target", note),
-        [Series("federated model", values, "lead")],
+        [Series(_models(record), values, "lead")],
         references=_reference_lines(record.comparison_rows()),
         delivered=record.result.get("best_round"),
         gaps=record.metrics.lost("loss_nats", split="common"),
     )
+
+
+def _models(record: RunRecord) -> str:
+    rule = record.setting("federation.lora_rule")
+    keeps_state = rule in RULES and RULES[rule].keeps_state
+    return "the parties' own models, mean" if keeps_state else "federated model"
 
 
 def _reference_lines(rows: list[Row]) -> list[Series]:

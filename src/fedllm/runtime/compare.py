@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from fedllm.data.formats import Example
@@ -15,7 +16,7 @@ from fedllm.job.job import Job, LocatedParty, load_parties
 from fedllm.runs.folder import RunFolder, run_identity
 from fedllm.runs.jsonl import write_json
 from fedllm.runs.plan_files import write_plan
-from fedllm.runtime.judge import TestSet, final_tensors, judge, test_set
+from fedllm.runtime.judge import TestSet, final_models, final_tensors, judge, test_set
 from fedllm.runtime.local import InProcessLink, local_hosts
 from fedllm.runtime.run import RunResult, Watch, carry_out, concluding, read_result, write_pages
 from fedllm.runtime.site import Site, common_examples, open_site, party_tokens
@@ -66,7 +67,8 @@ def compare(
     for party in data:
         tensors = bench.yardstick(alone(job, party), {party: data[party]})
         rows.append(_row(f"{party} alone", "alone", party, judge(site, test, tensors)))
-    rows.append(_row("federated", "federated", None, judge(site, test, final_tensors(path, job))))
+    for name, owner, tensors in final_models(path, site):
+        rows.append(_row(name, "federated", owner, judge(site, test, tensors)))
     pooled_tensors = bench.yardstick(pooled(job), {"pooled": _together(data)})
     rows.append(_row("pooled", "pooled", None, judge(site, test, pooled_tensors)))
     return _written(rows, test, result)
@@ -87,7 +89,7 @@ class _Bench:
     def train(self, job: Job, data: dict[str, TokenData], folder: Path) -> RunResult:
         run = _open_or_create(folder, job)
         try:
-            if (found := read_result(folder)) and found.adapter_sha256:
+            if (found := read_result(folder)) and found.is_finished:
                 return found
             if not (folder / "job.yaml").exists():
                 write_plan(run, job, self.parties)
@@ -198,7 +200,8 @@ _JUDGED_BY = (("rougeL", "ROUGE-L"), ("accuracy", "accuracy"), ("loss_nats", "lo
 def verdict(rows: list[Scores]) -> tuple[float | None, str]:
     """Return the share of the gap that federation closes, and a sentence that says so.
 
-    The gap lies between the mean single party and pooled data, by ROUGE-L, accuracy, or else loss.
+    The gap lies between the mean single party and pooled data, by ROUGE-L, accuracy, or else loss. Where each
+    party has a federated model of its own, their mean counts.
 
     Args:
         rows: The table.
@@ -207,7 +210,10 @@ def verdict(rows: list[Scores]) -> tuple[float | None, str]:
     higher = metric != "loss_nats"
     single = [row[metric] for row in rows if row["kind"] == "alone"]
     mean = sum(single) / len(single)
-    federated, together = (next(row[metric] for row in rows if row["kind"] == kind) for kind in ("federated", "pooled"))
+    # Where each party has a model of its own there are several federated ones.
+    federated, together = (
+        fmean(row[metric] for row in rows if row["kind"] == kind) for kind in ("federated", "pooled")
+    )
     best = max(single) if higher else min(single)
     beats = federated > best if higher else federated < best
     against = f"{'above' if beats else 'not above'} the best single party ({best:.2f})"

@@ -78,7 +78,7 @@ def consequences(job: Job, located: LocatedParty) -> Consequences:
 def _told(job: Job, located: LocatedParty, facts: Facts, *, upload: Upload, bytes_down: int) -> Consequences:
     (here,) = facts.parties
     refused = refused_operations(job, located.party)
-    requests = [request.__name__ for request in job.table_line().requests]
+    requests = job.table_line().operations(job.federation)
     return Consequences(
         job=job.name,
         job_digest=job.digest,

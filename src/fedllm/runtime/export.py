@@ -9,25 +9,29 @@ import torch
 
 from fedllm.disk import disk_error
 from fedllm.errors import ConfigError
+from fedllm.job.job import Job
 from fedllm.models.deliver import WEIGHTS, merged
 from fedllm.models.load import load_base
 from fedllm.runs.plan_files import read_plan
+from fedllm.runtime.delivery import own_adapters
 from fedllm.runtime.site import base_folder
 
 
-def export(run: Path, output: Path, *, merge: bool) -> Path:
+def export(run: Path, output: Path, *, merge: bool, party: str | None = None) -> Path:
     """Return the folder with the exported model.
 
     Args:
         run: The run folder.
         output: A folder that is absent or empty.
         merge: Merge the adapter into the base model; else copy the adapter.
+        party: Whose adapter, where each party has its own.
 
     Raises:
-        ConfigError: `RUN_UNFINISHED`, `RUN_EXISTS`, or `BAD_COMBINATION` where the method cannot be merged.
+        ConfigError: `RUN_UNFINISHED`, `RUN_EXISTS`, `BAD_COMBINATION` where the method cannot be merged, or
+            `BAD_VALUE`: the run has no adapter of that party, or only such.
     """
     job, parties = read_plan(run)
-    adapter = run / "adapter"
+    adapter = _adapter(run, job, party)
     if not (adapter / WEIGHTS).is_file():
         raise ConfigError(
             "RUN_UNFINISHED",
@@ -52,3 +56,17 @@ def export(run: Path, output: Path, *, merge: bool) -> Path:
     except OSError as error:
         raise disk_error(error, output) from None
     return output
+
+
+def _adapter(run: Path, job: Job, party: str | None) -> Path:
+    found = own_adapters(run, job)
+    if party is not None and party in found:
+        return found[party]
+    if party is None and not found:
+        return run / "adapter"
+    if found:
+        what = "there is no adapter for all: each party has its own" if party is None else f"{party!r} has none here"
+        raise ConfigError("BAD_VALUE", what, where="--party", fix=f"name one of: {', '.join(found)}")
+    raise ConfigError(
+        "BAD_VALUE", "the run has one adapter for all, or is not finished", where="--party", fix="leave `--party` out"
+    )

@@ -10,7 +10,7 @@ from fedllm.aggregate.total import GridSum
 from fedllm.errors import CODES, PayloadError
 from fedllm.runtime.base import HANDSHAKE, SERVER, Link, Timings, max_message_bytes
 from fedllm.runtime.freshness import EPOCH_BITS
-from fedllm.scenarios.base import Decode, Reply, Summand, Total, as_it_is
+from fedllm.scenarios.base import Decode, Manifests, Reply, Summand, Total, as_it_is, manifest_for
 from fedllm.wire.frame import Frame, Parcel, check_manifest, decode, encode, pack, unpack
 from fedllm.wire.ledger import ByteLedger
 from fedllm.wire.payload import Envelope, Failure, Manifest, Payload
@@ -58,7 +58,7 @@ class LinkedFederation:
             yield Reply(party, payload.model_copy(update=tensors) if tensors else payload)
 
     def total(
-        self, request: Payload, *, round_: int, to: Sequence[str], manifest: Manifest, decode: Decode = as_it_is
+        self, request: Payload, *, round_: int, to: Sequence[str], manifest: Manifests, decode: Decode = as_it_is
     ) -> Total:
         """Return the weighted sum of the answers and who is in it, nothing else.
 
@@ -68,7 +68,7 @@ class LinkedFederation:
         for party, payload in self._asked(request, round_, to):
             started = time.perf_counter()
             try:
-                _fold(grid, party, payload, manifest, decode)
+                _fold(grid, party, payload, manifest_for(party, manifest), decode)
                 inside.append(party)
             except PayloadError as error:
                 failures[party] = error.code
@@ -193,4 +193,4 @@ def _fold(grid: GridSum, party: str, payload: Payload, manifest: Manifest, decod
     if not isinstance(payload, Summand):
         raise PayloadError("PAYLOAD_REFUSED", "the answer is not a summand", where=party)
     check_manifest(payload.tensors, manifest, sender=party)
-    grid.add(decode(payload.tensors), weight=payload.weight, counts=payload.counts, sender=party)
+    grid.add(decode(party, payload.tensors), weight=payload.weight, counts=payload.counts, sender=party)

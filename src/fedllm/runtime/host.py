@@ -67,6 +67,7 @@ class Guards(Protocol):
 class PartyHost:
     """One party of a run. `open_client` makes a fresh client half; nothing of it survives a restart but its state.
 
+    Tensors of a request may be `room` bytes longer than those that were agreed at the start allow.
     Between machines messages are signed as `seal` says, `fetch` pulls a request's tensors, and `keep` puts an answer's
     where they can be pulled.
     """
@@ -84,6 +85,7 @@ class PartyHost:
     fresh: Freshness = field(default_factory=Freshness)
     keep: Keep = in_memory
     fetch: Callable[[Frame], Blob] | None = None
+    room: int = 0
     client: ClientHalf | None = None
     _rows: list[Row] = field(default_factory=list)
     _last: int = 0
@@ -126,7 +128,8 @@ class PartyHost:
                 self.guard.refused(error.code, round_=number)
 
     def _whole(self, frame: Frame) -> Frame:
-        if frame.blob_size > max_message_bytes({}) and frame.blob_size > max_message_bytes(self.ready([]).manifest):
+        size = frame.blob_size - self.room
+        if size > max_message_bytes({}) and size > max_message_bytes(self.ready([]).manifest):
             raise PayloadError("PAYLOAD_REFUSED", f"tensors of {frame.blob_size} bytes", where=frame.envelope.sender)
         if frame.blob_digest and not frame.blob and frame.blob_digest not in self.blobs.held and self.fetch:
             return replace(frame, blob=self.fetch(frame))

@@ -16,8 +16,11 @@ from fedllm.evaluate.generation import generate_completions
 from fedllm.evaluate.loss import evaluate_examples
 from fedllm.evaluate.text_metrics import score_texts
 from fedllm.job.job import Job
+from fedllm.models.branch import set_folded
+from fedllm.models.saved import read_adapter
 from fedllm.runs.folder import attach, run_identity
 from fedllm.runs.plan_files import read_plan
+from fedllm.runtime.delivery import own_adapters
 from fedllm.runtime.site import Site, common_examples, data_settings, open_site
 from fedllm.tasks import CLASSIFICATION
 from fedllm.wire.payload import Tensors
@@ -53,7 +56,9 @@ def judge(site: Site, test: TestSet, tensors: Tensors | None) -> dict[str, Any]:
         tensors: The adapter; None for the bare base model.
     """
     evaluate, tokenizer = site.job.evaluate, site.base.tokenizer
-    if tensors is not None:
+    if tensors is None:
+        set_folded(site.model.model, {})
+    else:
         site.model.write(tensors)
     with site.model.untuned() if tensors is None else nullcontext(site.model.model) as model:
         batch_size = evaluate.per_device_eval_batch_size
@@ -72,7 +77,7 @@ def judge(site: Site, test: TestSet, tensors: Tensors | None) -> dict[str, Any]:
 
 
 def final_tensors(path: Path, job: Job) -> Tensors:
-    """Return the adapter that a finished run delivers.
+    """Return the adapter that a finished run delivers; no tensors where each party has its own.
 
     Args:
         path: The run folder.
@@ -93,8 +98,31 @@ def final_tensors(path: Path, job: Job) -> Tensors:
     )
 
 
+def final_models(path: Path, site: Site) -> list[tuple[str, str | None, Tensors]]:
+    """Return what a finished run delivers, as (name, party, tensors): one adapter, or each party's own.
+
+    Args:
+        path: The run folder.
+        site: The loaded base model of the run's job.
+
+    Raises:
+        ConfigError: `RUN_UNFINISHED`; also where the parties' own adapters are on other machines.
+    """
+    if tensors := final_tensors(path, site.job):
+        return [("federated", None, tensors)]
+    found = own_adapters(path, site.job)
+    if not found:
+        raise ConfigError(
+            "RUN_UNFINISHED",
+            "each party has an adapter of its own, and none of them is on this machine",
+            where=str(path),
+            fix="judge it at the party's site, where it is in parties/NAME/adapter of the run folder",
+        )
+    return [(f"{party}, federated", party, read_adapter(site.model, folder)) for party, folder in found.items()]
+
+
 def evaluate_run(path: Path, *, data: Path | None = None) -> list[dict[str, Any]]:
-    """Return the scores of the base model and of a run's adapter, a row each.
+    """Return the scores of the base model and of a run's adapter, or of each party's own, a row each.
 
     Args:
         path: The run folder.
@@ -104,15 +132,16 @@ def evaluate_run(path: Path, *, data: Path | None = None) -> list[dict[str, Any]
         ConfigError: `RUN_UNFINISHED`, or there is nothing to judge on.
     """
     job, parties = read_plan(path)
-    tensors = final_tensors(path, job)
+    final_tensors(path, job)
     if data is None and job.evaluate.test is None:
         raise ConfigError("MISSING_KEY", "the job names no common test set", where="--data", fix="name a test file")
     site = open_site(job, parties)
+    models = final_models(path, site)
     examples = (
         common_examples(job) if data is None else read_examples(str(data), base_dir=Path.cwd(), settings=job.data)
     )
     test = test_set(site, examples)
-    return [
-        {"model": model, "kind": kind, "party": None, **judge(site, test, adapter)}
-        for model, kind, adapter in (("base model", "base", None), ("federated", "federated", tensors))
-    ]
+    rows = [{"model": "base model", "kind": "base", "party": None, **judge(site, test, None)}]
+    for name, party, tensors in models:
+        rows.append({"model": name, "kind": "federated", "party": party, **judge(site, test, tensors)})
+    return rows

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import psutil
@@ -82,7 +83,8 @@ def make_plan(job: Job, parties: list[LocatedParty], facts: Facts) -> Plan:
 class _Rehearsal:
     """A model of the right shapes that computes nothing, for messages of the right length.
 
-    What it reads differs each time: an adapter that did not change would not be sent again.
+    What it reads is random and differs each time: an adapter that did not change would not be sent again, and what has
+    a low rank is sent in fewer columns.
     """
 
     def __init__(self, real: TunableModel) -> None:
@@ -93,7 +95,8 @@ class _Rehearsal:
 
     def read(self) -> Tensors:
         self._reads += 1
-        return {name: spec.zeros().fill_(self._reads) for name, spec in self.manifest.items()}
+        draw = torch.Generator().manual_seed(self._reads)
+        return {name: spec.zeros().normal_(generator=draw) for name, spec in self.manifest.items()}
 
     def initial(self, seed: int) -> Tensors:
         return self.read()
@@ -126,8 +129,8 @@ class Traffic:
 def rehearse(job: Job, facts: Facts) -> Traffic:
     """Return what a run sends.
 
-    The conversation is really held, over the real wire, with zeros in place of training; rounds beyond the first
-    few are taken to repeat them. Nothing of the other parties is needed.
+    The conversation is really held, over the real wire, with random numbers in place of training; rounds beyond the
+    first few are taken to repeat them, or to go on growing as they did. Nothing of the other parties is needed.
 
     Args:
         job: The job.
@@ -142,33 +145,86 @@ def rehearse(job: Job, facts: Facts) -> Traffic:
         run = RunFolder.create(Path(folder) / "run", job_digest=job.digest)
         ledger = _talk(short, facts, run)
         run.close()
-    of = partial(_bytes_of, ledger, rounds)
+    counts = [ledger.of_round(number) for number in range(1, rounds + 1)]
+    later = _Later(counts, every, cache(partial(_growth, job, facts)), len(job.parties))
+    # What does not grow is as in the rehearsal.
+    foretold = range(1, (job.federation.num_rounds if _grown(job, facts, 1) else rounds) + 1)
+    up, down = (
+        {party: round(fmean(later.of(number, party, way) for number in foretold)) for party in job.parties}
+        for way in ("up", "down")
+    )
     first = sum(ledger.of_round(0).values())
-    usual = sum(sum(ledger.of_round(number).values()) for number in range(1, rounds + 1)) / rounds
-    return Traffic(
-        up={party: of(party, "up") for party in job.parties},
-        down={party: of(party, "down") for party in job.parties},
-        total=first + round(usual * job.federation.num_rounds),
-        most_up=_most_up(job, ledger, rounds),
-    )
+    ways = set().union(*counts)
+    usual = fmean(sum(later.of(number, *way) for way in ways) for number in foretold)
+    total = first + round(usual * job.federation.num_rounds)
+    return Traffic(up=up, down=down, total=total, most_up=_most_up(job, facts, ledger, counts))
 
 
-def _bytes_of(ledger: ByteLedger, rounds: int, party: str, way: str) -> int:
-    counts: list[int] = [ledger.of_round(number).get((party, way), 0) for number in range(1, rounds + 1)]
-    return round(sum(counts) / rounds)
+def _grown(job: Job, facts: Facts, number: int) -> int:
+    return job.table_line().grown(job.federation, facts.skeleton.manifest, number, job.parties)
 
 
-def _most_up(job: Job, ledger: ByteLedger, rounds: int) -> dict[str, Upload]:
-    # Any party may be drawn in every round, and then sends what the largest sender of the rehearsal did.
-    later = max(
-        num_bytes
-        for number in range(1, rounds + 1)
-        for (_, way), num_bytes in ledger.of_round(number).items()
-        if way == "up"
-    )
+def _growth(job: Job, facts: Facts, number: int) -> int:
+    """Return by how much the requests of a round are longer than those of the first one, all parties together.
+
+    Who has just evaluated a global state holds it, and is not sent it again to train on.
+    """
+    every, last = getattr(job.federation, "eval_every", 1), job.federation.num_rounds
+    was_judged, is_judged = (every and (n % every == 0 or n == last) for n in (number - 1, number))
+    trains = 0 if was_judged else job.federation.cohort_size(len(job.parties)) * _grown(job, facts, number - 1)
+    return trains + (len(job.parties) * _grown(job, facts, number) if is_judged else 0)
+
+
+@dataclass(frozen=True)
+class _Later:
+    """Bytes of any round: those of the rehearsal, and after it those of the last such round and what grew since."""
+
+    counts: list[dict[tuple[str, str], int]]
+    every: int
+    growth: Callable[[int], int]
+    num_parties: int
+
+    def of(self, number: int, party: str, way: str) -> float:
+        """Return the bytes of one party and way in a round.
+
+        Args:
+            number: The round.
+            party: The party.
+            way: `up` or `down`.
+        """
+        like, rounds = number, len(self.counts)
+        if number > rounds:
+            like = rounds - self.every + 1 + (number - rounds - 1) % self.every
+        known = self.counts[like - 1].get((party, way), 0)
+        return known + (self.growth(number) - self.growth(like)) / self.num_parties if way == "down" else known
+
+
+def _most_up(job: Job, facts: Facts, ledger: ByteLedger, counts: list[dict[tuple[str, str], int]]) -> dict[str, Upload]:
+    """Return the most that each party may send.
+
+    Any party may be drawn in every round, and then sends what the largest sender of the rehearsal did, but for what
+    the two send that differs by the settings.
+    """
+
+    @cache
+    def size(party: str, number: int) -> int:
+        manifest = job.table_line().answer(job.federation, facts.skeleton.manifest, number, party)
+        return sum(spec.num_bytes for spec in manifest.values())
+
+    def later(party: str) -> int:
+        return max(
+            num_bytes - size(sender, number) + size(party, number)
+            for number, found in enumerate(counts, start=1)
+            for (sender, way), num_bytes in found.items()
+            if way == "up"
+        )
+
     starts = {party: ledger.of_round(0).get((party, "up"), 0) for party in job.parties}
-    total = later * job.federation.num_rounds
-    return {party: Upload(max(start, later), start + total) for party, start in starts.items()}
+    most = {party: later(party) for party in job.parties}
+    return {
+        party: Upload(max(start, most[party]), start + most[party] * job.federation.num_rounds)
+        for party, start in starts.items()
+    }
 
 
 def _talk(job: Job, facts: Facts, run: RunFolder) -> ByteLedger:
@@ -179,7 +235,7 @@ def _talk(job: Job, facts: Facts, run: RunFolder) -> ByteLedger:
     tokenizer: Any = type("Tokenizer", (), {"pad_token_id": 0})
     base = Base(None, tokenizer, facts.digests["base"], facts.digests["tokenizer"])
     digest = facts.digests["template"]
-    site = Site(job, base, facts.folder, model, Blobs({}), [], digest, digest)
+    site = Site(job, base, facts.folder, model, Blobs({}), [], digest, digest, deliver=lambda *adapter: None)
     data = {party: TokenData([_one_example()] * 8, [], []) for party in job.parties}
     link = InProcessLink(local_hosts(site, data, run, trainer=_NoTraining()))
     line = job.table_line()

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedllm.disk import disk_error, write_atomic
+from fedllm.disk import write_atomic
 from fedllm.errors import ConfigError, FedllmError, ResourceError, RunPaused
 from fedllm.job.check import check_job
 from fedllm.job.job import Job, LocatedParty, load_parties
-from fedllm.models.deliver import WEIGHTS, save_adapter
 from fedllm.models.digest import file_digest
 from fedllm.models.load import find_base
 from fedllm.runs.card import model_card
@@ -23,6 +21,7 @@ from fedllm.runs.metrics import run_rows
 from fedllm.runs.plan_files import read_plan, write_plan, write_provenance
 from fedllm.runs.report import write_report
 from fedllm.runtime.base import Link, Ready
+from fedllm.runtime.delivery import own_adapters, write_adapter
 from fedllm.runtime.driver import Driver, Outcome
 from fedllm.runtime.federation import LinkedFederation
 from fedllm.runtime.guard import Auditor
@@ -33,6 +32,10 @@ from fedllm.runtime.validate import upload_limits, validate
 from fedllm.scenarios.base import ServerHalf, TokenData
 from fedllm.train.base import LocalTrainer
 from fedllm.wire.payload import Tensors
+
+_EACH_ITS_OWN = (
+    " There is no adapter for all: each party has its own, in parties/NAME/adapter of the run folder at its site."
+)
 
 
 @dataclass(frozen=True)
@@ -64,8 +67,13 @@ class RunResult:
 
     @property
     def adapter(self) -> Path:
-        """The folder of the tuned adapter, in PEFT's layout."""
+        """The folder of the tuned adapter, in PEFT's layout; absent where each party has its own."""
         return self.path / "adapter"
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether all rounds are done and what they lead to is delivered."""
+        return self.status in ("SUCCESS", "PARTIAL")
 
     def rows(self) -> list[Row]:
         """Return the metrics, a dict per value: round, party, split, name, value."""
@@ -126,7 +134,7 @@ def resume(
     job, parties = read_plan(path)
     run = RunFolder.open(path)
     try:
-        if (finished := read_result(path)) and finished.adapter_sha256:
+        if (finished := read_result(path)) and finished.is_finished:
             # The crash may have come between the verdict and the pages about it.
             write_pages(path)
             return finished
@@ -304,48 +312,37 @@ def finish(run: RunFolder, job: Job, parties: list[LocatedParty], outcome: Outco
     """
     server: ServerHalf = job.table_line().server(job.federation, seed=job.seed, common=False)
     tensors, best = server.final(outcome.state)
-    sha256 = _deliver(run, job, parties, tensors)
+    sha256 = _deliver(run, job, parties, tensors) if tensors else None
     failed = sorted({row["party"] for row in read_rows(run.path / "events.jsonl") if row["event"] == "party_failed"})
     status = "PARTIAL" if failed else "SUCCESS"
     reason = f"All {outcome.state.round} rounds were committed"
     reason += f"; {', '.join(failed)} missed at least one." if failed else " with every party asked."
+    reason += "" if tensors else _EACH_ITS_OWN
     run.event("run_finished", detail=status)
     result = RunResult(run.path, status, outcome.state.round, best, sha256)
-    facts = {"code": None, "where": "", "reason": reason, "next": f"fedllm eval {run.path}"}
+    # Where each party has its own adapter, it is judged where that is.
+    verb = "eval" if tensors or own_adapters(run.path, job) else "report"
+    facts = {"code": None, "where": "", "reason": reason, "next": f"fedllm {verb} {run.path}"}
     _write_result(run, result, facts)
     write_pages(run.path)
     return result
 
 
 def write_pages(path: Path) -> None:
-    """Write the adapter's model card and the report from a run's files.
+    """Write the adapter's model card, where the run has one adapter for all, and the report, from a run's files.
 
     Args:
         path: The run folder.
     """
-    write_atomic(path / "adapter" / "README.md", model_card(path).encode())
+    if (path / "adapter").is_dir():
+        write_atomic(path / "adapter" / "README.md", model_card(path).encode())
     write_report(path)
 
 
 def _deliver(run: RunFolder, job: Job, parties: list[LocatedParty], tensors: Tensors) -> str:
-    folder, draft = run.path / "adapter", run.path / "adapter.tmp"
-    shutil.rmtree(draft, ignore_errors=True)
     # A coordinator has no party on its machine; of the base model it needs the config alone.
     base = base_folder(job, parties)[0] if parties else find_base(job.model, base_dir=job.base_dir)
-    try:
-        save_adapter(
-            tensors,
-            folder=draft,
-            base=base,
-            peft=job.peft,
-            name=job.model.model_name_or_path,
-            task=job.task,
-        )
-        shutil.rmtree(folder, ignore_errors=True)
-        draft.replace(folder)
-    except OSError as error:
-        raise disk_error(error, folder) from None
-    return file_digest(folder / WEIGHTS)
+    return file_digest(write_adapter(tensors, run.path / "adapter", job=job, base=base))
 
 
 def read_result(path: Path) -> RunResult | None:

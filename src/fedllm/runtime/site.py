@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,14 @@ from fedllm.models.load import Base, find_base, load_base
 from fedllm.runs.folder import RunFolder
 from fedllm.runs.plan_files import versions
 from fedllm.runtime.base import Ready
+from fedllm.runtime.delivery import deliver_own
 from fedllm.runtime.host import Blobs, PartyHost
 from fedllm.scenarios.base import ClientContext, ClientHalf, Log, TokenData
 from fedllm.train.base import LocalTrainer
 from fedllm.train.supervised import check_precision
+from fedllm.wire.payload import Tensors
+
+_MANY_ROUNDS = 10**9
 
 
 @dataclass
@@ -41,6 +46,7 @@ class Site:
     common: list[TokenisedExample]
     common_digest: str
     template_digest: str
+    deliver: Callable[[Site, RunFolder, str, Tensors], None] = deliver_own
 
 
 def base_folder(job: Job, parties: list[LocatedParty]) -> tuple[Path, str]:
@@ -226,6 +232,7 @@ def open_host(
             trainer=trainer,
             log=log,
             on_step=on_step,
+            deliver=partial(site.deliver, site, run, name),
         )
         return line.client(context)
 
@@ -238,4 +245,5 @@ def open_host(
         states=run.party_states(name),
         rows=run.party_rows(name),
         blobs=site.blobs,
+        room=line.grown(job.federation, site.model.manifest, _MANY_ROUNDS, job.parties),
     )

@@ -69,7 +69,7 @@ def up(job: Job, *, folder: Path | None = None, watch: Watch | None = None) -> R
 def _up(job: Job, root: Path, parties: list[LocatedParty], watch: Watch) -> RunResult:
     project_file = _prepared(root, job, parties)
     run = run_of(job, project_file) or submit(job, project_file, parties=parties)
-    if (finished := read_result(run)) and finished.adapter_sha256:
+    if (finished := read_result(run)) and finished.is_finished:
         return finished
     go_on(run)
     with _processes(root, project_file, job.base_dir / "parties", parties) as kept:

@@ -132,11 +132,14 @@ def upload_limits(job: Job, parties: list[LocatedParty], tunable: TunableModel) 
         parties: The parties.
         tunable: The model with its adapter.
     """
+    return [error for located in parties for error in check_upload(_upload(job, located, tunable), located.party)]
+
+
+def _upload(job: Job, located: LocatedParty, tunable: TunableModel) -> Upload:
+    settings, answer, name = job.federation, job.table_line().answer, located.party.name
     # Every other round may send something else.
     odd, even = (
-        sum(spec.num_bytes for spec in job.table_line().answer(job.federation, tunable.manifest, number).values())
-        for number in (1, 2)
+        sum(spec.num_bytes for spec in answer(settings, tunable.manifest, number, name).values()) for number in (1, 2)
     )
-    rounds = job.federation.num_rounds
-    upload = Upload(max(odd, even if rounds > 1 else 0), odd * -(-rounds // 2) + even * (rounds // 2))
-    return [error for located in parties for error in check_upload(upload, located.party)]
+    rounds = settings.num_rounds
+    return Upload(max(odd, even if rounds > 1 else 0), odd * -(-rounds // 2) + even * (rounds // 2))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -32,6 +33,15 @@ class ScenarioSettings(BaseModel):
     min_parties: int = Field(2, ge=1, description="A round with fewer answers pauses the run.")
     fraction_train: float = Field(1.0, gt=0, le=1, description="Share of the parties drawn for each round.")
     round_timeout: float = Field(3600.0, gt=0, description="Seconds that a party has for one request.")
+
+    def cohort_size(self, num_parties: int) -> int:
+        """Return how many parties train in a round.
+
+        Args:
+            num_parties: Of the job.
+        """
+        share = math.ceil(self.fraction_train * num_parties - 1e-9)
+        return min(num_parties, max(share, self.min_parties))
 
 
 @dataclass(frozen=True)
@@ -70,17 +80,30 @@ class Total:
     failures: dict[str, str]
 
 
-# What an answer's tensors are summed as.
-Decode = Callable[[Mapping[str, torch.Tensor]], Mapping[str, torch.Tensor]]
+# What a party's answer holds: the same for all, or as the party says.
+Manifests = Manifest | Callable[[str], Manifest]
+# (party, tensors of its answer) -> what they are summed as.
+Decode = Callable[[str, Mapping[str, torch.Tensor]], Mapping[str, torch.Tensor]]
 
 
-def as_it_is(tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+def as_it_is(party: str, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
     """Return the tensors: nothing was encoded.
 
     Args:
-        tensors: An answer's.
+        party: Whose answer it is.
+        tensors: The answer's.
     """
     return tensors
+
+
+def manifest_for(party: str, manifests: Manifests) -> Manifest:
+    """Return what a party's answer holds.
+
+    Args:
+        party: The party.
+        manifests: For all alike, or by party.
+    """
+    return manifests(party) if callable(manifests) else manifests
 
 
 class Federation(Protocol):
@@ -96,7 +119,7 @@ class Federation(Protocol):
         ...
 
     def total(
-        self, request: Payload, *, round_: int, to: Sequence[str], manifest: Manifest, decode: Decode = as_it_is
+        self, request: Payload, *, round_: int, to: Sequence[str], manifest: Manifests, decode: Decode = as_it_is
     ) -> Total:
         """Return the weighted sum of the answers (each a `Summand`) and who is in it, nothing else.
 
@@ -111,7 +134,7 @@ def collect(
     *,
     round_: int,
     to: Sequence[str],
-    manifest: Manifest,
+    manifest: Manifests,
     decode: Decode = as_it_is,
 ) -> tuple[Total, list[tuple[str, Summand]]]:
     """Return what `total` does but for the means, and each party's answer, in the order of `to`.
@@ -130,7 +153,7 @@ def collect(
     failures: dict[str, str] = {}
     for reply in federation.ask(request, round_=round_, to=to):
         try:
-            found[reply.party] = _summand(reply, manifest, decode)
+            found[reply.party] = _summand(reply, manifest_for(reply.party, manifest), decode)
         except PayloadError as error:
             failures[reply.party] = error.code
     answers = [(party, found[party]) for party in to if party in found]
@@ -148,7 +171,7 @@ def _summand(reply: Reply, manifest: Manifest, decode: Decode) -> Summand:
     if not isinstance(reply.payload, Summand):
         raise PayloadError("PAYLOAD_REFUSED", "the answer is not a summand", where=reply.party)
     check_manifest(reply.payload.tensors, manifest, sender=reply.party)
-    tensors = dict(decode(reply.payload.tensors))
+    tensors = dict(decode(reply.party, reply.payload.tensors))
     check_finite(tensors, sender=reply.party)
     return reply.payload.model_copy(update={"tensors": tensors})
 
@@ -174,7 +197,7 @@ class ServerHalf(Protocol):
         ...
 
     def final(self, state: State) -> tuple[Tensors, int]:
-        """Return the tensors to deliver and the round they are of."""
+        """Return the tensors to deliver, none where each party has a model of its own, and the round they are of."""
         ...
 
 
@@ -191,7 +214,8 @@ class TokenData:
 class ClientContext:
     """What a client half may use; nothing of it leaves the party except through its replies.
 
-    `settings` is the scenario's own; `log(round, split, values)` writes metrics that stay at the party.
+    `settings` is the scenario's own; `log(round, split, values)` writes metrics that stay at the party, and
+    `deliver(tensors)` an adapter that is the party's alone.
     """
 
     party: str
@@ -206,6 +230,7 @@ class ClientContext:
     trainer: LocalTrainer
     log: Log
     on_step: Callable[[int, int], None] = lambda step, num_steps: None
+    deliver: Callable[[Tensors], None] = lambda tensors: None
 
 
 class ClientHalf(Protocol):
@@ -235,8 +260,10 @@ class Scenario:
     """One line of the table of scenarios.
 
     `clashes(settings, train, peft, parties)` yields what cannot be asked together, as (key, what, fix).
-    `answer(settings, manifest, round)` says what a party's answer to a round of training holds, for an adapter of these
-    tensors. No round differs from the one two rounds before.
+    `answer(settings, manifest, round, party)` says what a party's answer to a round of training holds, for an adapter
+    of these tensors. No round differs from the one two rounds before. `unused(settings)` names requests that a job with
+    these settings does not make, and `grown(settings, manifest, round, parties)` says by how many bytes a request is
+    longer than the adapter after so many rounds.
     """
 
     settings: type[ScenarioSettings]
@@ -246,8 +273,19 @@ class Scenario:
     client: Callable[[ClientContext], ClientHalf]
     alone: Callable[[ScenarioSettings], ScenarioSettings]
     clashes: Callable[[Any, TrainSettings, PeftSettings, Sequence[str]], Iterable[tuple[str, str, str]]]
-    answer: Callable[[Any, Manifest, int], Manifest]
+    answer: Callable[[Any, Manifest, int, str], Manifest]
     who_learns_what: tuple[str, ...]
+    unused: Callable[[Any], tuple[type[Payload], ...]] = lambda settings: ()
+    grown: Callable[[Any, Manifest, int, Sequence[str]], int] = lambda settings, manifest, round_, parties: 0
+
+    def operations(self, settings: ScenarioSettings) -> tuple[str, ...]:
+        """Return the names of the requests that a job makes.
+
+        Args:
+            settings: The scenario's.
+        """
+        unused = self.unused(settings)
+        return tuple(request.__name__ for request in self.requests if request not in unused)
 
     def kinds(self) -> dict[str, type[Payload]]:
         """Return the closed schema of the conversation: payload classes by name."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from deployed import deployed
+from safetensors.torch import load
 from tiny import TinyFederation
 
 from fedllm.runs.audit_log import read_log
@@ -83,3 +84,31 @@ def test_an_interrupted_run_ends_its_processes_and_goes_on_at_the_next_call(make
         assert again.end() == 0
         assert again.verdict()["adapter_sha256"] == expected
         assert again.journal()[: len(before)] == before
+
+
+@pytest.mark.timeout(280)
+def test_a_party_s_own_factor_survives_its_process_and_is_in_no_file_of_the_coordinator(
+    make_federation: Make,
+) -> None:
+    plan = PLAN | {"federation.lora_rule": "FedSA-LoRA", "federation.num_rounds": 3}
+    federation = make_federation(sizes={"north": 6, "south": 5}, job=plan)
+    expected = own_adapters(federation.run("unbroken").path)
+    with deployed(federation.job_file, federation.folder / "up") as up:
+        up.wait_for(lambda: (2, "begin") in up.journal())
+        up.kill("client job")
+        assert up.end(seconds=200) == 0
+        assert up.verdict()["status"] == "SUCCESS" and up.verdict()["adapter_sha256"] is None
+        for party in ("north", "south"):
+            assert own_adapters(up.root / f"site-{party}") == {party: expected[party]}
+        assert own_adapters(up.root / "coordinator") == {}
+        held = [path.read_bytes() for path in (up.root / "coordinator").rglob("*") if path.is_file()]
+    for file in expected.values():
+        factors = {name: tensor.numpy().tobytes() for name, tensor in load(file).items()}
+        assert not any(data in one for name, data in factors.items() if "lora_B" in name for one in held)
+        # What is shared would be found like that.
+        assert all(any(data in one for one in held) for name, data in factors.items() if "lora_A" in name)
+
+
+def own_adapters(folder: Path) -> dict[str, bytes]:
+    files = folder.rglob("parties/*/adapter/adapter_model.safetensors")
+    return {file.parts[-3]: file.read_bytes() for file in files}

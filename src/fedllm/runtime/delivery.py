@@ -1,0 +1,98 @@
+"""What a run delivers, as folders in PEFT's layout: one adapter for all, or each party's own at the party."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedllm.aggregate.folded import FOLDED, complete
+from fedllm.aggregate.slots import num_slots
+from fedllm.disk import disk_error, write_atomic
+from fedllm.job.job import Job
+from fedllm.models.deliver import WEIGHTS, save_adapter
+from fedllm.models.settings import PeftSettings
+from fedllm.runs.card import own_card
+from fedllm.wire.payload import Tensors, manifest_of
+
+if TYPE_CHECKING:
+    from fedllm.runs.folder import RunFolder
+    from fedllm.runtime.site import Site
+
+
+def write_adapter(tensors: Tensors, folder: Path, *, job: Job, base: Path, card: str = "") -> Path:
+    """Write an adapter into a folder, in place of what is there, and return the file of its tensors.
+
+    Args:
+        tensors: The adapter, by parameter name.
+        folder: Where it goes.
+        job: The job.
+        base: The base model's folder; only its config is read.
+        card: Its README.md; by default none is written.
+
+    Raises:
+        ResourceError: `DISK_FULL`.
+    """
+    draft = folder.with_name(f"{folder.name}.tmp")
+    shutil.rmtree(draft, ignore_errors=True)
+    try:
+        adapter, peft = dict(tensors), job.peft
+        if any(name.startswith(FOLDED) for name in tensors):
+            adapter = complete(tensors)
+            peft = of_rank(peft, num_slots(manifest_of(adapter)))
+        save_adapter(adapter, folder=draft, base=base, peft=peft, name=job.model.model_name_or_path, task=job.task)
+        if card:
+            write_atomic(draft / "README.md", card.encode())
+        shutil.rmtree(folder, ignore_errors=True)
+        draft.replace(folder)
+    except OSError as error:
+        raise disk_error(error, folder) from None
+    return folder / WEIGHTS
+
+
+def deliver_own(site: Site, run: RunFolder, party: str, tensors: Tensors) -> None:
+    """Write a party's own adapter, which no other party and no server holds, into its folder of the run.
+
+    Args:
+        site: For the job and the base model's config.
+        run: The run folder at the party.
+        party: The party.
+        tensors: Its adapter.
+    """
+    folder = own_adapter(run.path, party)
+    write_adapter(
+        tensors, folder, job=site.job, base=site.folder, card=own_card(site.job.name, site.folder.name, site.job.task)
+    )
+
+
+def own_adapter(run: Path, party: str) -> Path:
+    """Return the folder of a party's own adapter.
+
+    Args:
+        run: The run folder.
+        party: The party.
+    """
+    return run / "parties" / party / "adapter"
+
+
+def own_adapters(run: Path, job: Job) -> dict[str, Path]:
+    """Return the parties' own adapters that are on this machine, by party; none where one adapter is delivered to all.
+
+    Args:
+        run: The run folder.
+        job: Its job.
+    """
+    folders = {party: own_adapter(run, party) for party in job.parties}
+    return {party: folder for party, folder in folders.items() if (folder / WEIGHTS).is_file()}
+
+
+def of_rank(peft: PeftSettings, rank: int) -> PeftSettings:
+    """Return the settings of an adapter of another rank with the same scale.
+
+    Args:
+        peft: The job's.
+        rank: The adapter's.
+    """
+    share = rank / (peft.r or rank)
+    alpha = (peft.lora_alpha or 0.0) * (share**0.5 if peft.use_rslora else share)
+    return peft.model_copy(update={"r": rank, "lora_alpha": alpha})
