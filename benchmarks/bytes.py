@@ -2,30 +2,38 @@
 
 Run: python benchmarks/bytes.py             (about 14 minutes on 2 cores)
      python benchmarks/bytes.py --wire      (the bytes alone, some seconds)
+     python benchmarks/bytes.py --down      (the way down alone, about 6 minutes)
+     python benchmarks/bytes.py --zstd      (whether a compressor behind the codecs pays; needs the zstd tool)
 
 The first table is one party's answer with LoRA r=8 on the query-key-value projection of a 28-layer model that is 4096
 wide (3,670,016 parameters: the size of the paper's example), encoded as it travels. The formula counts values, scales
 and positions, and nothing of the message around them.
 
 The second table is the demo's job with each codec: loss on the held-out data of all parties, over three seeds. The
-spread of fp32 over the seeds is the noise that a codec's cost is compared with.
+spread of fp32 over the seeds is the noise that a codec's cost is compared with. The third table is the same for the way
+down, with bytes in the rounds after the first.
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
 import statistics
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from common import machine
+from safetensors.torch import load_file
 
 from fedllm.job.job import Job
 from fedllm.runtime.run import run_local
 from fedllm.runtime.scaffold import write_job_folder
 from fedllm.scenarios.base import Summand
+from fedllm.wire.blob import parts_of
 from fedllm.wire.codecs import Codec, CodecSettings
 from fedllm.wire.frame import encode, pack
 from fedllm.wire.payload import Envelope, Tensors
@@ -47,6 +55,13 @@ CODECS: dict[str, tuple[dict[str, Any], float]] = {
     "RandomK 10 %": ({"name": "RandomK", "density": 0.1}, 0.4),
     "RandomK 10 %, error feedback": ({"name": "RandomK", "density": 0.1, "error_feedback": True}, 0.4),
     "Grid 16 bits": ({"name": "Grid", "limit": 0.25, "bits": 16}, 2),
+}
+DOWN: dict[str, dict[str, dict[str, Any]]] = {
+    # Name -> settings of the way down and of the way up.
+    "fp32": {},
+    "int8 down": {"codec_down": {"name": "int8"}},
+    "int4 down": {"codec_down": {"name": "int4"}},
+    "int8 both ways": {"codec_down": {"name": "int8"}, "codec": {"name": "int8", "error_feedback": True}},
 }
 OPTIONS = [
     f"federation.num_rounds={ROUNDS}",
@@ -91,31 +106,82 @@ def quality(folder: Path) -> None:
     """
     print(f"\nthe demo's job, {ROUNDS} rounds, seeds {SEEDS}\n")
     print("| codec | held-out loss, mean | by seed | against fp32 | bytes up, of fp32 |\n|---|---|---|---|---|")
-    base_losses, base_bytes = list[float](), 0.0
-    for name, (values, _) in CODECS.items():
-        found = [one_run(folder / f"{len(list(folder.iterdir()))}", values, seed) for seed in SEEDS]
-        losses, up = [loss for loss, _ in found], sum(sent for _, sent in found)
-        base_losses, base_bytes = base_losses or losses, base_bytes or up
-        # The same seed on both sides: what differs is the codec.
-        off = statistics.fmean(loss / plain - 1 for loss, plain in zip(losses, base_losses, strict=True))
-        each = ", ".join(f"{loss:.4f}" for loss in losses)
-        print(f"| {name} | {statistics.fmean(losses):.4f} | {each} | {off:+.2%} | {up / base_bytes:.1%} |", flush=True)
+    base_losses = table(folder, {name: {"codec": values} for name, (values, _) in CODECS.items()}, ways=("up",))
     print(
         f"\nfp32 over the seeds: standard deviation {statistics.stdev(base_losses) / statistics.fmean(base_losses):.2%}"
     )
 
 
-def one_run(folder: Path, codec: dict[str, Any], seed: int) -> tuple[float, float]:
-    """Return the last held-out loss of a run and the bytes that went up in its rounds.
+def down(folder: Path) -> None:
+    """Print the held-out loss with each codec on the way down.
+
+    Args:
+        folder: Where jobs and runs go.
+    """
+    print(f"\nthe demo's job, {ROUNDS} rounds, seeds {SEEDS}\n")
+    print("| codec | held-out loss, mean | by seed | against fp32 | down, of fp32 | up |\n|---|---|---|---|---|---|")
+    table(folder, DOWN, ways=("down", "up"))
+
+
+def zstd(folder: Path) -> None:
+    """Print what zstd leaves of what codecs send: of random values, and of the factors B that two rounds made of 0.
+
+    Args:
+        folder: Where a job and its run go.
+    """
+    tool = shutil.which("zstd") or sys.exit("there is no zstd here")
+    job = Job.from_yaml(write_job_folder(folder / "job"), overrides=[*OPTIONS, "federation.num_rounds=2"])
+    adapter = run_local(job, output=folder / "run").adapter
+    trained = {name: t for name, t in load_file(adapter / "adapter_model.safetensors").items() if ".lora_B." in name}
+    print("\n| codec | random values, zstd -3 | -19 | a trained update, -3 | -19 |\n|---|---|---|---|---|")
+    for name, (values, _) in CODECS.items():
+        cells = []
+        for update in (large_update(), trained):
+            coded = Codec(CodecSettings.model_validate(values)).encode(update, seed=1, party="north", number=1)
+            plain = b"".join(bytes(part) for part in parts_of(coded))
+            for level in ("-3", "-19"):
+                packed = subprocess.run([tool, level, "-c"], input=plain, capture_output=True, check=True).stdout
+                cells.append(f"{len(packed) / len(plain):.1%}")
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+
+
+def table(folder: Path, cases: dict[str, dict[str, dict[str, Any]]], *, ways: tuple[str, ...]) -> list[float]:
+    """Print a line for each case and return the losses of the first one.
+
+    Args:
+        folder: Where jobs and runs go.
+        cases: Name -> `federation` settings.
+        ways: Which bytes are told.
+    """
+    base_losses, base_bytes = list[float](), list[float]()
+    for name, settings in cases.items():
+        found = [one_run(folder / f"{len(list(folder.iterdir()))}", settings, seed, ways) for seed in SEEDS]
+        losses, sent = [loss for loss, _ in found], [sum(column) for column in zip(*(s for _, s in found), strict=True)]
+        base_losses, base_bytes = base_losses or losses, base_bytes or sent
+        # The same seed on both sides: what differs is the codec.
+        off = statistics.fmean(loss / plain - 1 for loss, plain in zip(losses, base_losses, strict=True))
+        each = ", ".join(f"{loss:.4f}" for loss in losses)
+        shares = " | ".join(f"{count / plain:.1%}" for count, plain in zip(sent, base_bytes, strict=True))
+        print(f"| {name} | {statistics.fmean(losses):.4f} | {each} | {off:+.2%} | {shares} |", flush=True)
+    return base_losses
+
+
+def one_run(
+    folder: Path, federation: dict[str, dict[str, Any]], seed: int, ways: tuple[str, ...]
+) -> tuple[float, list[float]]:
+    """Return the last held-out loss of a run, and its bytes each way in the rounds after the first.
 
     Args:
         folder: Where it goes.
-        codec: Its codec.
+        federation: Other `federation` settings.
         seed: Its seed.
+        ways: `up`, `down`.
     """
     job_file = write_job_folder(folder)
     chosen = [
-        f"federation.codec.{key}={str(value).lower() if value is True else value}" for key, value in codec.items()
+        f"federation.{section}.{key}={str(value).lower() if value is True else value}"
+        for section, values in federation.items()
+        for key, value in values.items()
     ]
     job = Job.from_yaml(job_file, overrides=[*OPTIONS, *chosen, f"seed={seed}"])
     rows = run_local(job, output=folder / "run").rows()
@@ -124,19 +190,29 @@ def one_run(folder: Path, codec: dict[str, Any], seed: int) -> tuple[float, floa
         for row in reversed(rows)
         if (row["name"], row["split"], row["party"]) == ("loss_nats", "held_out", None)
     )
-    return float(loss), sum(row["value"] for row in rows if row["name"] == "bytes_up" and row["round"] > 0)
+    return float(loss), [
+        sum(row["value"] for row in rows if row["name"] == f"bytes_{way}" and row["round"] > 1) for way in ways
+    ]
 
 
 def main() -> None:
-    """Print both tables."""
+    """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--wire", action="store_true", help="only the bytes")
-    only_wire = parser.parse_args().wire
+    parser.add_argument("--down", action="store_true", help="only the way down")
+    parser.add_argument("--zstd", action="store_true", help="only what a compressor would save")
+    args = parser.parse_args()
     print(machine())
-    wire()
-    if not only_wire:
-        with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder:
+        if args.zstd:
+            zstd(Path(folder))
+            return
+        if not args.down:
+            wire()
+        if not args.down and not args.wire:
             quality(Path(folder))
+        if not args.wire:
+            down(Path(folder))
 
 
 if __name__ == "__main__":

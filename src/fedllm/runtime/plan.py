@@ -124,7 +124,7 @@ def rehearse(job: Job, facts: Facts) -> Traffic:
     """Return what a run sends.
 
     The conversation is really held, over the real wire, with zeros in place of training; rounds beyond the first
-    few are taken to repeat them. Nothing of the other parties is needed.
+    few are taken to repeat the last ones of these. Nothing of the other parties is needed.
 
     Args:
         job: The job.
@@ -132,27 +132,29 @@ def rehearse(job: Job, facts: Facts) -> Traffic:
     """
     # Evaluations come every so many rounds, and some rules do in turns what they do.
     every = math.lcm(2, max(1, getattr(job.federation, "eval_every", 1)))
-    rounds = min(job.federation.num_rounds, -(-_DRY_ROUNDS // every) * every)
+    rounds = min(job.federation.num_rounds, every + -(-_DRY_ROUNDS // every) * every)
+    # Round 1 may differ: nobody holds yet what a change could be made to.
+    usual = range(min(rounds, every) + 1, rounds + 1) if rounds > every else range(1, rounds + 1)
     federation = job.federation.model_copy(update={"num_rounds": rounds})
     short = job.model_copy(update={"federation": federation}).located(job.base_dir)
     with tempfile.TemporaryDirectory() as folder:
         run = RunFolder.create(Path(folder) / "run", job_digest=job.digest)
         ledger = _talk(short, facts, run)
         run.close()
-    of = partial(_bytes_of, ledger, rounds)
-    first = sum(ledger.of_round(0).values())
-    usual = sum(sum(ledger.of_round(number).values()) for number in range(1, rounds + 1)) / rounds
+    of = partial(_bytes_of, ledger, usual)
+    each = [sum(ledger.of_round(number).values()) for number in range(rounds + 1)]
+    later = sum(each[number] for number in usual) / len(usual) * (job.federation.num_rounds - rounds)
     return Traffic(
         up={party: of(party, "up") for party in job.parties},
         down={party: of(party, "down") for party in job.parties},
-        total=first + round(usual * job.federation.num_rounds),
+        total=sum(each) + round(later),
         most_up=_most_up(job, ledger, rounds),
     )
 
 
-def _bytes_of(ledger: ByteLedger, rounds: int, party: str, way: str) -> int:
-    counts: list[int] = [ledger.of_round(number).get((party, way), 0) for number in range(1, rounds + 1)]
-    return round(sum(counts) / rounds)
+def _bytes_of(ledger: ByteLedger, rounds: range, party: str, way: str) -> int:
+    counts: list[int] = [ledger.of_round(number).get((party, way), 0) for number in rounds]
+    return round(sum(counts) / len(rounds))
 
 
 def _most_up(job: Job, ledger: ByteLedger, rounds: int) -> dict[str, Upload]:

@@ -234,4 +234,5 @@ def open_host(
         states=run.party_states(name),
         rows=run.party_rows(name),
         blobs=site.blobs,
+        codec_down=job.federation.codec_down.codec if hasattr(job.federation, "codec_down") else None,
     )

@@ -51,8 +51,10 @@ from fedllm.train.base import TrainTask
 from fedllm.train.corrections import Correction, control_variate, decoupled_proximal, next_control, proximal
 from fedllm.train.optimizer import learning_rates, load_optimizer_tensors, make_optimizer, optimizer_tensors
 from fedllm.train.settings import TrainSettings
+from fedllm.wire.blob import in_memory, parts_of
 from fedllm.wire.codecs import Codec, CodecSettings
 from fedllm.wire.frame import check_manifest
+from fedllm.wire.patch import DownSettings, Patched, next_sent
 from fedllm.wire.payload import Manifest, Payload, TensorMap, Tensors, TensorSpec, manifest_of
 
 Split = Literal["held_out", "common"]
@@ -69,6 +71,9 @@ class Settings(ScenarioSettings):
     )
     robust: RobustSettings = Field(RobustSettings(), description="What bears dishonest parties.")
     codec: CodecSettings = Field(CodecSettings(), description="How updates are encoded on their way up.")
+    codec_down: DownSettings = Field(
+        DownSettings(), description="How the global adapter's change is encoded on its way down."
+    )
     drift_meter: bool = Field(
         True, description="Measure how far the mean of LoRA's factors is from the mean of their products (FedIT)."
     )
@@ -132,7 +137,7 @@ class Server:
         adapter, control = _select("adapter", state.tensors), self._control(state)
         cohort = self._cohort(federation.parties, number)
         counted = state.fields.get("counted", {})
-        request = Train(adapter=_sent(settings, adapter), control=control, counted=counted)
+        request = Train(adapter=_sent(settings, state), control=control, counted=counted)
         manifest = manifest_of(adapter)
         # What travels, and what becomes of it here.
         expected, decode = answer(settings, manifest, number), _decoder(settings, manifest, number, self._seed)
@@ -154,8 +159,9 @@ class Server:
             rows += rows_of(number, None, None, {"lora_drift": value})
         moved, memory = server_step(adapter, _select("server", state.tensors), update, settings=settings.strategy)
         tensors = _prefixed("adapter", moved) | _prefixed("server", memory) | _prefixed("control", control)
+        tensors, note = _as_sent(settings, state, tensors, number)
         keeps = settings.strategy.name == "SCAFFOLD" or settings.codec.error_feedback
-        fields = state.fields | ({"counted": counted | dict.fromkeys(total.parties, number)} if keeps else {})
+        fields = state.fields | note | ({"counted": counted | dict.fromkeys(total.parties, number)} if keeps else {})
         new = State(number, tensors | _best_so_far(state), fields)
         return self._evaluated(federation, new, rows=rows, failures=total.failures)
 
@@ -200,7 +206,7 @@ class Server:
         due = every and (state.round % every == 0 or state.round == self._settings.num_rounds)
         if not due:
             return RoundResult(state, rows, dict(failures))
-        adapter = _sent(self._settings, _select("adapter", state.tensors))
+        adapter = _sent(self._settings, state)
         parties = federation.parties
         totals: dict[Split, Total] = {"held_out": _evaluate(federation, adapter, "held_out", state.round, parties)}
         if self._common:
@@ -247,6 +253,7 @@ def clashes(
     if strategy.name == "SCAFFOLD" and settings.codec.name != "fp32":
         what = f"control variates must arrive whole, not as {settings.codec.name}, or their mean is not the server's"
         yield "federation.codec", what, "set `codec: {name: fp32}`, or another `strategy`"
+    yield from _clashes_of_codec_down(settings)
     if settings.lora_rule == "FlexLoRA":
         yield from _clashes_of_flexlora(settings, train, peft)
     yield from _clashes_of_robust(settings, parties)
@@ -276,6 +283,20 @@ def _clashes_of_flexlora(
         yield key, "with DoRA the model is not linear in the product that FlexLoRA keeps", "set `use_dora: false`"
 
 
+def _clashes_of_codec_down(settings: Settings) -> Iterator[tuple[str, str, str]]:
+    key, name = "federation.codec_down", settings.codec_down.name
+    if name == "fp32":
+        return
+    if settings.lora_rule not in ("FedIT", "FFA-LoRA", "RoLoRA"):
+        what = (
+            f"{settings.lora_rule} takes new factors in every round, to which what {name} lost of a change is no part"
+        )
+        yield key, what, "set `codec_down: {name: fp32}`, or another `lora_rule`"
+    if settings.strategy.name == "SCAFFOLD":
+        what = "SCAFFOLD's control variate goes down beside the adapter, and must arrive whole"
+        yield key, what, "set `codec_down: {name: fp32}`, or another `strategy`"
+
+
 def _clashes_of_robust(settings: Settings, parties: Sequence[str]) -> Iterator[tuple[str, str, str]]:
     robust, least = settings.robust, settings.robust.least_parties()
     if settings.min_parties < least:
@@ -289,8 +310,28 @@ def _clashes_of_robust(settings: Settings, parties: Sequence[str]) -> Iterator[t
         yield "federation.fraction_train", what, "set `fraction_train: 1.0`"
 
 
-def _sent(settings: Settings, adapter: Tensors) -> Tensors:
+def _travelling(settings: Settings, state: State) -> Tensors:
+    adapter = _select("adapter", state.tensors)
     return {name: adapter[name] for name in travelling(settings.lora_rule, adapter)}
+
+
+def _sent(settings: Settings, state: State) -> Mapping[str, torch.Tensor]:
+    """Return the global adapter as it is sent: where it can be, with the change that leads to it."""
+    whole, change = _travelling(settings, state), _select("change", state.tensors)
+    return Patched(whole, change, state.fields["change_of"]) if change else whole
+
+
+def _as_sent(settings: Settings, state: State, tensors: Tensors, number: int) -> tuple[Tensors, dict[str, Any]]:
+    """Return a round's new tensors with the adapter that the parties will hold, and what the change to it is of."""
+    codec = settings.codec_down.codec
+    if codec.is_plain:
+        return tensors, {}
+    before, lost = _select("adapter", state.tensors), _select("lost", state.tensors)
+    names = moving(settings.lora_rule, before, number)
+    sent = next_sent(before, _select("adapter", tensors), lost, names=names, codec=codec)
+    found = _prefixed("adapter", sent.tensors) | _prefixed("change", sent.change) | _prefixed("lost", sent.lost)
+    held = in_memory(parts_of(_prefixed("adapter", _travelling(settings, state))))
+    return tensors | found, {"change_of": held.digest}
 
 
 def _meets_drift(settings: Settings) -> bool:
@@ -335,7 +376,7 @@ def _decoder(settings: Settings, adapter: Manifest, number: int, seed: int) -> D
     return as_it_is if codec.is_plain else partial(codec.decode, manifest=whole, seed=seed, number=number)
 
 
-def _evaluate(federation: Federation, adapter: Tensors, split: Split, number: int, to: tuple[str, ...]) -> Total:
+def _evaluate(federation: Federation, adapter: TensorMap, split: Split, number: int, to: tuple[str, ...]) -> Total:
     return federation.total(Evaluate(adapter=adapter, split=split), round_=number, to=to, manifest={})
 
 
@@ -562,7 +603,13 @@ def alone(settings: ScenarioSettings) -> Settings:
     Args:
         settings: The federation's.
     """
-    plain = {"strategy": StrategySettings(), "robust": RobustSettings(), "codec": CodecSettings(), "lora_rule": "FedIT"}
+    plain: dict[str, Any] = {
+        "strategy": StrategySettings(),
+        "robust": RobustSettings(),
+        "codec": CodecSettings(),
+        "lora_rule": "FedIT",
+    }
+    plain |= {"codec_down": DownSettings()}
     changes = {"min_parties": 1, "fraction_train": 1.0} | plain
     return Settings.model_validate(settings.model_dump() | changes)
 
