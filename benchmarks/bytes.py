@@ -10,8 +10,9 @@ wide (3,670,016 parameters: the size of the paper's example), encoded as it trav
 and positions, and nothing of the message around them.
 
 The second table is the demo's job with each codec: loss on the held-out data of all parties, over three seeds. The
-spread of fp32 over the seeds is the noise that a codec's cost is compared with. The third table is the same for the way
-down, with bytes in the rounds after the first.
+spread of fp32 over the seeds is the noise that a codec's cost is compared with. The third table is for the way down:
+ten parties, a base model that is a fifth of the demo's, loss on the common test set, bytes in the rounds after the
+first.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from typing import Any
 import torch
 from common import machine
 from safetensors.torch import load_file
+from ten_parties import job_folder, job_of, located_parties, small_base
 
 from fedllm.job.job import Job
 from fedllm.runtime.run import run_local
@@ -41,7 +43,7 @@ from fedllm.wire.payload import Envelope, Tensors
 LAYERS, WIDE, RANK, OUT = 28, 4096, 8, 12288
 ENVELOPE = Envelope(job_digest="0" * 64, run_id="0" * 32, round=1, sequence=2**33, sender="north", recipient="server")
 SEEDS = (1, 2, 3)
-ROUNDS = 8
+ROUNDS, STEPS = 8, 10
 CODECS: dict[str, tuple[dict[str, Any], float]] = {
     # Name -> settings, and bytes for each parameter by the formula.
     "fp32": ({"name": "fp32"}, 4),
@@ -106,21 +108,64 @@ def quality(folder: Path) -> None:
     """
     print(f"\nthe demo's job, {ROUNDS} rounds, seeds {SEEDS}\n")
     print("| codec | held-out loss, mean | by seed | against fp32 | bytes up, of fp32 |\n|---|---|---|---|---|")
-    base_losses = table(folder, {name: {"codec": values} for name, (values, _) in CODECS.items()}, ways=("up",))
+    base_losses, base_bytes = list[float](), 0.0
+    for name, (values, _) in CODECS.items():
+        found = [one_run(folder / f"{len(list(folder.iterdir()))}", values, seed) for seed in SEEDS]
+        losses, up = [loss for loss, _ in found], sum(sent for _, sent in found)
+        base_losses, base_bytes = base_losses or losses, base_bytes or up
+        # The same seed on both sides: what differs is the codec.
+        off = statistics.fmean(loss / plain - 1 for loss, plain in zip(losses, base_losses, strict=True))
+        each = ", ".join(f"{loss:.4f}" for loss in losses)
+        print(f"| {name} | {statistics.fmean(losses):.4f} | {each} | {off:+.2%} | {up / base_bytes:.1%} |", flush=True)
     print(
         f"\nfp32 over the seeds: standard deviation {statistics.stdev(base_losses) / statistics.fmean(base_losses):.2%}"
     )
 
 
 def down(folder: Path) -> None:
-    """Print the held-out loss with each codec on the way down.
+    """Print the loss and the bytes with each codec on the way down, over ten parties.
 
     Args:
-        folder: Where jobs and runs go.
+        folder: Where the base model, jobs and runs go.
     """
-    print(f"\nthe demo's job, {ROUNDS} rounds, seeds {SEEDS}\n")
-    print("| codec | held-out loss, mean | by seed | against fp32 | down, of fp32 | up |\n|---|---|---|---|---|---|")
-    table(folder, DOWN, ways=("down", "up"))
+    base = small_base(folder / "base")
+    print(f"\nten parties, {ROUNDS} rounds of {STEPS} steps, seeds {SEEDS}\n")
+    print(
+        "| codec | test loss, mean | by seed | against fp32 | down, of fp32 | up, of fp32 |\n|---|---|---|---|---|---|"
+    )
+    plain: list[tuple[float, float, float]] = []
+    for name, settings in DOWN.items():
+        found = [ten_parties_run(folder / f"{name} {seed}", base, settings, seed) for seed in SEEDS]
+        plain = plain or found
+        losses = [loss for loss, _, _ in found]
+        off = statistics.fmean(loss / other[0] - 1 for loss, other in zip(losses, plain, strict=True))
+        shares = [sum(row[way] for row in found) / sum(row[way] for row in plain) for way in (1, 2)]
+        each = ", ".join(f"{loss:.4f}" for loss in losses)
+        cells = f"{statistics.fmean(losses):.4f} | {each} | {off:+.2%} | {shares[0]:.1%} | {shares[1]:.1%}"
+        print(f"| {name} | {cells} |", flush=True)
+    losses = [loss for loss, _, _ in plain]
+    print(f"\nfp32 over the seeds: standard deviation {statistics.stdev(losses) / statistics.fmean(losses):.2%}")
+
+
+def ten_parties_run(folder: Path, base: Path, settings: dict[str, Any], seed: int) -> tuple[float, float, float]:
+    """Return the last loss on the common test set, and the bytes down and up in the rounds after the first.
+
+    Args:
+        folder: Where the run goes.
+        base: The base model's folder.
+        settings: Other `federation` settings.
+        seed: Its seed.
+    """
+    place = job_folder(folder / "job", seed, concentration=None)
+    federation = {"num_rounds": ROUNDS, "eval_every": ROUNDS} | settings
+    job = job_of(place, base, seed=seed, federation=federation, train={"local_steps": STEPS, "learning_rate": 0.01})
+    rows = run_local(job, parties=located_parties(place), output=folder / "run").rows()
+    loss = [row["value"] for row in rows if (row["name"], row["split"]) == ("loss_nats", "common")][-1]
+    way = {
+        name: sum(r["value"] for r in rows if r["name"] == name and r["round"] > 1)
+        for name in ("bytes_down", "bytes_up")
+    }
+    return float(loss), way["bytes_down"], way["bytes_up"]
 
 
 def zstd(folder: Path) -> None:
@@ -145,43 +190,17 @@ def zstd(folder: Path) -> None:
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 
-def table(folder: Path, cases: dict[str, dict[str, dict[str, Any]]], *, ways: tuple[str, ...]) -> list[float]:
-    """Print a line for each case and return the losses of the first one.
-
-    Args:
-        folder: Where jobs and runs go.
-        cases: Name -> `federation` settings.
-        ways: Which bytes are told.
-    """
-    base_losses, base_bytes = list[float](), list[float]()
-    for name, settings in cases.items():
-        found = [one_run(folder / f"{len(list(folder.iterdir()))}", settings, seed, ways) for seed in SEEDS]
-        losses, sent = [loss for loss, _ in found], [sum(column) for column in zip(*(s for _, s in found), strict=True)]
-        base_losses, base_bytes = base_losses or losses, base_bytes or sent
-        # The same seed on both sides: what differs is the codec.
-        off = statistics.fmean(loss / plain - 1 for loss, plain in zip(losses, base_losses, strict=True))
-        each = ", ".join(f"{loss:.4f}" for loss in losses)
-        shares = " | ".join(f"{count / plain:.1%}" for count, plain in zip(sent, base_bytes, strict=True))
-        print(f"| {name} | {statistics.fmean(losses):.4f} | {each} | {off:+.2%} | {shares} |", flush=True)
-    return base_losses
-
-
-def one_run(
-    folder: Path, federation: dict[str, dict[str, Any]], seed: int, ways: tuple[str, ...]
-) -> tuple[float, list[float]]:
-    """Return the last held-out loss of a run, and its bytes each way in the rounds after the first.
+def one_run(folder: Path, codec: dict[str, Any], seed: int) -> tuple[float, float]:
+    """Return the last held-out loss of a run and the bytes that went up in its rounds.
 
     Args:
         folder: Where it goes.
-        federation: Other `federation` settings.
+        codec: Its codec.
         seed: Its seed.
-        ways: `up`, `down`.
     """
     job_file = write_job_folder(folder)
     chosen = [
-        f"federation.{section}.{key}={str(value).lower() if value is True else value}"
-        for section, values in federation.items()
-        for key, value in values.items()
+        f"federation.codec.{key}={str(value).lower() if value is True else value}" for key, value in codec.items()
     ]
     job = Job.from_yaml(job_file, overrides=[*OPTIONS, *chosen, f"seed={seed}"])
     rows = run_local(job, output=folder / "run").rows()
@@ -190,9 +209,7 @@ def one_run(
         for row in reversed(rows)
         if (row["name"], row["split"], row["party"]) == ("loss_nats", "held_out", None)
     )
-    return float(loss), [
-        sum(row["value"] for row in rows if row["name"] == f"bytes_{way}" and row["round"] > 1) for way in ways
-    ]
+    return float(loss), sum(row["value"] for row in rows if row["name"] == "bytes_up" and row["round"] > 0)
 
 
 def main() -> None:

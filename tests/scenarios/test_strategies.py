@@ -280,7 +280,7 @@ WIDE = {"peft.r": 64, "peft.target_modules": "all-linear", "federation.num_round
 
 @pytest.mark.parametrize("every", [0, 2])
 def test_the_change_goes_down_in_a_third_of_the_bytes_and_the_plan_knows(every: int, make_federation: Make) -> None:
-    plan = PLAN | WIDE | {"federation.eval_every": every, "federation.num_rounds": 9}
+    plan = PLAN | WIDE | {"federation.eval_every": every, "federation.num_rounds": 8}
     plain = make_federation("plain", job=plan).run()
     coded = make_federation("coded", job=plan | {"federation.codec_down": {"name": "int8"}})
     result = coded.run()
