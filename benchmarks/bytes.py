@@ -2,30 +2,40 @@
 
 Run: python benchmarks/bytes.py             (about 14 minutes on 2 cores)
      python benchmarks/bytes.py --wire      (the bytes alone, some seconds)
+     python benchmarks/bytes.py --down      (the way down alone, about 6 minutes)
+     python benchmarks/bytes.py --zstd      (whether a compressor behind the codecs pays; needs the zstd tool)
 
 The first table is one party's answer with LoRA r=8 on the query-key-value projection of a 28-layer model that is 4096
 wide (3,670,016 parameters: the size of the paper's example), encoded as it travels. The formula counts values, scales
 and positions, and nothing of the message around them.
 
 The second table is the demo's job with each codec: loss on the held-out data of all parties, over three seeds. The
-spread of fp32 over the seeds is the noise that a codec's cost is compared with.
+spread of fp32 over the seeds is the noise that a codec's cost is compared with. The third table is for the way down:
+ten parties, a base model that is a fifth of the demo's, loss on the common test set, bytes in the rounds after the
+first.
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
 import statistics
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from common import machine
+from safetensors.torch import load_file
+from ten_parties import job_folder, job_of, located_parties, small_base
 
 from fedllm.job.job import Job
 from fedllm.runtime.run import run_local
 from fedllm.runtime.scaffold import write_job_folder
 from fedllm.scenarios.base import Summand
+from fedllm.wire.blob import parts_of
 from fedllm.wire.codecs import Codec, CodecSettings
 from fedllm.wire.frame import encode, pack
 from fedllm.wire.payload import Envelope, Tensors
@@ -33,7 +43,7 @@ from fedllm.wire.payload import Envelope, Tensors
 LAYERS, WIDE, RANK, OUT = 28, 4096, 8, 12288
 ENVELOPE = Envelope(job_digest="0" * 64, run_id="0" * 32, round=1, sequence=2**33, sender="north", recipient="server")
 SEEDS = (1, 2, 3)
-ROUNDS = 8
+ROUNDS, STEPS = 8, 10
 CODECS: dict[str, tuple[dict[str, Any], float]] = {
     # Name -> settings, and bytes for each parameter by the formula.
     "fp32": ({"name": "fp32"}, 4),
@@ -47,6 +57,13 @@ CODECS: dict[str, tuple[dict[str, Any], float]] = {
     "RandomK 10 %": ({"name": "RandomK", "density": 0.1}, 0.4),
     "RandomK 10 %, error feedback": ({"name": "RandomK", "density": 0.1, "error_feedback": True}, 0.4),
     "Grid 16 bits": ({"name": "Grid", "limit": 0.25, "bits": 16}, 2),
+}
+DOWN: dict[str, dict[str, dict[str, Any]]] = {
+    # Name -> settings of the way down and of the way up.
+    "fp32": {},
+    "int8 down": {"codec_down": {"name": "int8"}},
+    "int4 down": {"codec_down": {"name": "int4"}},
+    "int8 both ways": {"codec_down": {"name": "int8"}, "codec": {"name": "int8", "error_feedback": True}},
 }
 OPTIONS = [
     f"federation.num_rounds={ROUNDS}",
@@ -105,6 +122,74 @@ def quality(folder: Path) -> None:
     )
 
 
+def down(folder: Path) -> None:
+    """Print the loss and the bytes with each codec on the way down, over ten parties.
+
+    Args:
+        folder: Where the base model, jobs and runs go.
+    """
+    base = small_base(folder / "base")
+    print(f"\nten parties, {ROUNDS} rounds of {STEPS} steps, seeds {SEEDS}\n")
+    print(
+        "| codec | test loss, mean | by seed | against fp32 | down, of fp32 | up, of fp32 |\n|---|---|---|---|---|---|"
+    )
+    plain: list[tuple[float, float, float]] = []
+    for name, settings in DOWN.items():
+        found = [ten_parties_run(folder / f"{name} {seed}", base, settings, seed) for seed in SEEDS]
+        plain = plain or found
+        losses = [loss for loss, _, _ in found]
+        off = statistics.fmean(loss / other[0] - 1 for loss, other in zip(losses, plain, strict=True))
+        shares = [sum(row[way] for row in found) / sum(row[way] for row in plain) for way in (1, 2)]
+        each = ", ".join(f"{loss:.4f}" for loss in losses)
+        cells = f"{statistics.fmean(losses):.4f} | {each} | {off:+.2%} | {shares[0]:.1%} | {shares[1]:.1%}"
+        print(f"| {name} | {cells} |", flush=True)
+    losses = [loss for loss, _, _ in plain]
+    print(f"\nfp32 over the seeds: standard deviation {statistics.stdev(losses) / statistics.fmean(losses):.2%}")
+
+
+def ten_parties_run(folder: Path, base: Path, settings: dict[str, Any], seed: int) -> tuple[float, float, float]:
+    """Return the last loss on the common test set, and the bytes down and up in the rounds after the first.
+
+    Args:
+        folder: Where the run goes.
+        base: The base model's folder.
+        settings: Other `federation` settings.
+        seed: Its seed.
+    """
+    place = job_folder(folder / "job", seed, concentration=None)
+    federation = {"num_rounds": ROUNDS, "eval_every": ROUNDS} | settings
+    job = job_of(place, base, seed=seed, federation=federation, train={"local_steps": STEPS, "learning_rate": 0.01})
+    rows = run_local(job, parties=located_parties(place), output=folder / "run").rows()
+    loss = [row["value"] for row in rows if (row["name"], row["split"]) == ("loss_nats", "common")][-1]
+    way = {
+        name: sum(r["value"] for r in rows if r["name"] == name and r["round"] > 1)
+        for name in ("bytes_down", "bytes_up")
+    }
+    return float(loss), way["bytes_down"], way["bytes_up"]
+
+
+def zstd(folder: Path) -> None:
+    """Print what zstd leaves of what codecs send: of random values, and of the factors B that two rounds made of 0.
+
+    Args:
+        folder: Where a job and its run go.
+    """
+    tool = shutil.which("zstd") or sys.exit("there is no zstd here")
+    job = Job.from_yaml(write_job_folder(folder / "job"), overrides=[*OPTIONS, "federation.num_rounds=2"])
+    adapter = run_local(job, output=folder / "run").adapter
+    trained = {name: t for name, t in load_file(adapter / "adapter_model.safetensors").items() if ".lora_B." in name}
+    print("\n| codec | random values, zstd -3 | -19 | a trained update, -3 | -19 |\n|---|---|---|---|---|")
+    for name, (values, _) in CODECS.items():
+        cells = []
+        for update in (large_update(), trained):
+            coded = Codec(CodecSettings.model_validate(values)).encode(update, seed=1, party="north", number=1)
+            plain = b"".join(bytes(part) for part in parts_of(coded))
+            for level in ("-3", "-19"):
+                packed = subprocess.run([tool, level, "-c"], input=plain, capture_output=True, check=True).stdout
+                cells.append(f"{len(packed) / len(plain):.1%}")
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+
+
 def one_run(folder: Path, codec: dict[str, Any], seed: int) -> tuple[float, float]:
     """Return the last held-out loss of a run and the bytes that went up in its rounds.
 
@@ -128,15 +213,23 @@ def one_run(folder: Path, codec: dict[str, Any], seed: int) -> tuple[float, floa
 
 
 def main() -> None:
-    """Print both tables."""
+    """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--wire", action="store_true", help="only the bytes")
-    only_wire = parser.parse_args().wire
+    parser.add_argument("--down", action="store_true", help="only the way down")
+    parser.add_argument("--zstd", action="store_true", help="only what a compressor would save")
+    args = parser.parse_args()
     print(machine())
-    wire()
-    if not only_wire:
-        with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder:
+        if args.zstd:
+            zstd(Path(folder))
+            return
+        if not args.down:
+            wire()
+        if not args.down and not args.wire:
             quality(Path(folder))
+        if not args.wire:
+            down(Path(folder))
 
 
 if __name__ == "__main__":

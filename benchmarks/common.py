@@ -87,3 +87,14 @@ def machine() -> str:
     """Return one line about the machine, to stand above the numbers."""
     versions = f"torch {torch.__version__}, Python {platform.python_version()}"
     return f"{platform.machine()}, {torch.get_num_threads()} threads, {versions}"
+
+
+def write_records(path: Path, records: list[dict[str, str]]) -> None:
+    """Write records as JSON lines.
+
+    Args:
+        path: The file.
+        records: What to write.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")

@@ -182,3 +182,9 @@ def test_flexlora_on_a_site_smaller_than_its_rank() -> None:
     after = {name: before[name] + change[name] for name in before}
     expected = (before[name_b] + update[name_b]) @ (before[name_a] + update[name_a])
     assert torch.allclose(after[name_b] @ after[name_a], expected, atol=1e-5)
+
+
+def test_adaloras_factors_are_no_pair() -> None:
+    names = [f"base.q_proj.lora_{factor}.default.weight" for factor in "ABE"]
+    assert sites(names) == {}
+    assert len(sites(names[:2])) == 1

@@ -16,7 +16,7 @@ from tiny import bits
 
 from fedllm.aggregate.total import GRID_BITS, GridSum, to_grid
 from fedllm.errors import PayloadError
-from fedllm.wire.blob import FileBlob, StoredTensors, parts_of, scan, table_of, write_parts
+from fedllm.wire.blob import FileBlob, StoredTensors, in_memory, parts_of, scan, table_of, write_parts
 
 STEP = Fraction(1, 2**GRID_BITS)
 values_strategy = st.floats(-100, 100, width=32)
@@ -244,3 +244,33 @@ def test_updates_in_files_are_added_without_holding_one(tmp_path: Path) -> None:
     peaks = {parties: peak_while(lambda parties=parties: add(parties)) for parties in (4, 16)}
     assert peaks[4] < 2.5 * payload_mb
     assert (peaks[16] - peaks[4]) / 12 < 5
+
+
+@pytest.mark.parametrize("edge", [2.0**20, 2.0**20 - 2.0**-4, 2.0**20 + 1, 2.0**21])
+def test_large_and_small_values_are_rounded_alike(edge: float) -> None:
+    # Whether the largest value of an update is below 2**20 decides how all of them are rounded.
+    odd = [k * 0.5 / 2**GRID_BITS for k in (-3.0, -1.0, 1.0, 3.0, 5.0)]
+    grid, exact = GridSum(), torch.zeros(7, dtype=torch.int64)
+    for values, weight in (([*odd, edge, -1 / 3], 3), ([*odd, 0.25, 1 / 3], 5)):
+        tensor = torch.tensor(values, dtype=torch.float64)
+        grid.add({"w": tensor}, weight=weight, counts={}, sender="north")
+        exact += weight * to_grid(tensor)
+        assert grid._sums is not None
+        assert torch.equal(grid._sums["w"], exact)
+
+
+def test_a_message_in_memory_in_a_file_and_plain_tensors_give_the_same_bits(tmp_path: Path) -> None:
+    tensors = {f"u/{name}": torch.randn(2**17 // 3 + index) for index, name in enumerate("zyxwv")}
+    tensors |= {"u/half": torch.randn(7).half(), "u/brain": torch.randn(9).bfloat16(), "u/empty": torch.empty(0)}
+    path = tmp_path / "update"
+    with path.open("wb") as handle:
+        in_file = FileBlob(path, *write_parts(parts_of(tensors), handle.write))
+    found = []
+    for blob in (None, in_file, in_memory(parts_of(tensors))):
+        grid = GridSum()
+        for weight in (3, 5):
+            stored = tensors if blob is None else StoredTensors(blob, table_of(blob), 8.0)
+            grid.add(stored, weight=weight, counts={}, sender="north")
+        found.append(bits(grid.means()))
+    assert found[0] == found[1] == found[2]
+    assert found[0].keys() == tensors.keys()

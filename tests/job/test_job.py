@@ -262,6 +262,8 @@ def test_the_digest_does_not_change_from_release_to_release_unnoticed(tmp_path: 
         "federation.codec.error_feedback",
         "federation.codec.limit",
         "federation.codec.name",
+        "federation.codec_down.block_size",
+        "federation.codec_down.name",
         "federation.drift_meter",
         "federation.eval_every",
         "federation.fraction_train",

@@ -14,7 +14,8 @@ from fedllm.runtime.federation import LinkedFederation
 from fedllm.scenarios.base import Summand
 from fedllm.wire.blob import Blob
 from fedllm.wire.frame import Parcel, decode, encode, join, pack, split, unpack, with_blob
-from fedllm.wire.payload import Envelope, Failure, Payload, TensorMap, manifest_of
+from fedllm.wire.patch import DownSettings, Patched, applied, next_sent
+from fedllm.wire.payload import Envelope, Failure, Payload, TensorMap, Tensors, manifest_of
 
 JOB, RUN = "a" * 64, "b" * 32
 
@@ -225,6 +226,64 @@ def test_a_party_that_lost_the_tensors_gets_them_again_and_is_counted_once() -> 
         assert (total.parties, total.weight, total.failures) == (("north", "south"), 2, {})
     assert party.got_blob == [True, False, True]
     assert other.got_blob == [True, False]
+
+
+CODEC = DownSettings(name="int8", block_size=64).codec
+WIDE = {"w": torch.linspace(0, 1, 1000)}
+
+
+class Patching(Holder):
+    """A holder that takes changes too."""
+
+    def __call__(self, parcel: Parcel) -> Parcel:
+        frame = unpack(parcel, max_bytes=2**30)
+        if not frame.patch_of:
+            return super().__call__(parcel)
+        self.got_blob.append(False)
+        old = self.held.get(frame.patch_of)
+        if self.forgets or old is None or frame.patch is None:
+            return pack(encode(Failure(code="BLOB_MISSING"), frame.envelope.reply()))
+        self.held = {frame.blob_digest: applied(old, frame.patch, CODEC, digest=frame.blob_digest)}
+        return pack(encode(summand(1.0, tensors={}), frame.envelope.reply()))
+
+
+def changed_questions(count: int) -> Iterator[Question]:
+    now, lost, held = WIDE, Tensors(), encode(Question(adapter=WIDE), ENVELOPE).blob_digest
+    yield Question(adapter=now)
+    for number in range(1, count):
+        sent = next_sent(now, {"w": now["w"] + 0.1 * number}, lost, names=["w"], codec=CODEC)
+        question = Question(adapter=Patched(sent.tensors, sent.change, held))
+        yield question
+        now, lost, held = sent.tensors, sent.lost, encode(question, ENVELOPE).blob_digest
+
+
+def test_who_holds_what_a_change_is_of_gets_the_change_and_others_the_whole() -> None:
+    always, forgets, late = Patching(), Patching(forgets=True), Patching()
+    link = ScriptedLink({"always": always, "forgets": forgets, "late": late})
+    federation = federation_of(link)
+    for round_, question in enumerate(changed_questions(4)):
+        asked = ["always", "forgets"] + ["late"] * (round_ != 1)
+        total = federation.total(question, round_=round_, to=asked, manifest={})
+        # Whose answer is of another shape got the whole and answered it.
+        assert set(total.failures.values()) <= {"PAYLOAD_REFUSED"}
+    assert always.got_blob == [True, False, False, False]
+    assert forgets.got_blob == [True, False, True, False, True, False, True]
+    assert late.got_blob == [True, True, False]
+    assert always.held.keys() == forgets.held.keys() == late.held.keys()
+    shorter = [federation.ledger.saved_in(round_) for round_ in range(4)]
+    assert [sorted(found) for found in shorter] == [[], ["always"], ["always"], ["always", "late"]]
+    down = [federation.ledger.of_round(round_)["always", "down"] for round_ in range(4)]
+    assert down[1] < 0.5 * down[0]
+    # The header says what the change is of.
+    assert down[0] == pytest.approx(down[1] + shorter[1]["always"], abs=250)
+
+
+def test_an_answer_that_says_it_is_a_change_is_refused() -> None:
+    def answer(parcel: Parcel) -> Parcel:
+        patched = Patched(ADAPTER, {"w#values": torch.ones(1)}, "a" * 64)
+        return pack(encode(Question(adapter=patched), unpack(parcel, max_bytes=2**30).envelope.reply()))
+
+    assert total_of({"bad": answer}).failures == {"bad": "PAYLOAD_REFUSED"}
 
 
 def test_a_party_that_claims_to_miss_everything_fails_and_does_not_loop() -> None:

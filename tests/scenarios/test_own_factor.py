@@ -283,6 +283,9 @@ class TwoNumbers:
 
         return nullcontext()
 
+    def shrunk(self, number: int, num_rounds: int) -> Any:
+        return self.only([])
+
     def train(self, task: Any, optimizer: torch.optim.Optimizer) -> TrainSums:
         for parameter in self.trainable.values():
             parameter.data += 1

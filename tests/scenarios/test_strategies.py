@@ -16,7 +16,10 @@ from tiny import TinyFederation
 from fedllm.aggregate.lora import sites
 from fedllm.aggregate.server import DEFAULTS
 from fedllm.errors import ConfigError, RunFailed
+from fedllm.runtime.host import PartyHost
+from fedllm.runtime.plan import rehearse
 from fedllm.runtime.run import RunResult
+from fedllm.runtime.validate import validate
 from fedllm.scenarios.base import Summand
 from fedllm.scenarios.fedhomollm import Client, Settings, Train
 from fedllm.train.base import TrainSums
@@ -53,6 +56,13 @@ CASES = {name: options_of(name) for name in DEFAULTS} | {
     "int4, Median": PLAN
     | {"federation.lora_rule": "RoLoRA", "federation.robust": {"name": "Median", "num_malicious": 1}}
     | {"federation.min_parties": 3, "federation.codec": {"name": "int4"}},
+    "int8 down": PLAN | {"federation.codec_down": {"name": "int8", "block_size": 16}},
+    "int4 down, RoLoRA, int8 up": PLAN
+    | {"federation.codec_down": {"name": "int4"}, "federation.lora_rule": "RoLoRA"}
+    | {"federation.codec": {"name": "int8", "error_feedback": True}, "federation.strategy": {"name": "FedAvgM"}},
+    "bf16 down, FFA-LoRA, some": PLAN
+    | {"federation.codec_down": {"name": "bf16"}, "federation.lora_rule": "FFA-LoRA"}
+    | {"federation.fraction_train": 0.5, "federation.eval_every": 0},
     "RoLoRA, SCAFFOLD": options_of("SCAFFOLD") | {"federation.lora_rule": "RoLoRA"},
 }
 
@@ -208,7 +218,7 @@ def test_more_local_steps_drift_further(make_federation: Make) -> None:
     assert many[0] > few[0]
 
 
-@pytest.mark.parametrize("case", ["FedAvg", "SCAFFOLD", "FFA-LoRA", "RoLoRA", "TopK", "int4, Median"])
+@pytest.mark.parametrize("case", ["FedAvg", "SCAFFOLD", "FFA-LoRA", "RoLoRA", "TopK", "int4, Median", "int8 down"])
 def test_the_plan_foretells_the_bytes(case: str, make_federation: Make) -> None:
     check_the_plan(make_federation(job=CASES[case] | {"federation.num_rounds": 6}))
 
@@ -221,6 +231,61 @@ def test_what_a_codec_saves_is_told(make_federation: Make) -> None:
     assert bytes_of(plain, "up") == pytest.approx(bytes_of(coded, "up") + saved, rel=0.1)
     assert saved > 0
     assert not any(row["name"] == "bytes_saved" for row in plain.rows())
+
+
+def later(result: RunResult, name: str) -> float:
+    """Return a sum over the rounds after the first, in which somebody may hold nothing yet."""
+    return sum(row["value"] for row in result.rows() if row["name"] == name and row["round"] > 1)
+
+
+WIDE = {"peft.r": 64, "peft.target_modules": "all-linear", "federation.num_rounds": 4}
+
+
+@pytest.mark.parametrize("every", [0, 2])
+def test_the_change_goes_down_in_a_third_of_the_bytes_and_the_plan_knows(every: int, make_federation: Make) -> None:
+    plan = PLAN | WIDE | {"federation.eval_every": every, "federation.num_rounds": 8}
+    plain = make_federation("plain", job=plan).run()
+    coded = make_federation("coded", job=plan | {"federation.codec_down": {"name": "int8"}})
+    result = coded.run()
+    rows = [row for row in result.rows() if row["name"] in ("bytes_up", "bytes_down")]
+    foretold = rehearse(coded.job(), validate(coded.job(), coded.parties()))
+    assert foretold.total == pytest.approx(sum(row["value"] for row in rows), rel=0.02)
+    saved = later(result, "bytes_saved_down")
+    assert later(result, "bytes_down") < 0.35 * later(plain, "bytes_down")
+    assert later(plain, "bytes_down") == pytest.approx(later(result, "bytes_down") + saved, rel=0.02)
+
+
+def test_whoever_loses_what_it_was_sent_gets_the_whole_and_the_run_ends_the_same(
+    make_federation: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = PLAN | WIDE | {"federation.codec_down": {"name": "int8"}}
+    expected = make_federation("expected", job=plan).run()
+    in_workers = make_federation("workers", job=plan).run(num_workers=2)
+    asked = PartyHost.handle
+
+    def forgetful(self: PartyHost, parcel: Any, *, timeout_s: float) -> Any:
+        if self.party == "east":
+            self.blobs.forget()
+        return asked(self, parcel, timeout_s=timeout_s)
+
+    monkeypatch.setattr(PartyHost, "handle", forgetful)
+    forgot = make_federation("forgot", job=plan).run()
+    assert expected.adapter_sha256 == in_workers.adapter_sha256 == forgot.adapter_sha256
+    assert bytes_of(forgot, "down") > 1.5 * bytes_of(expected, "down")
+    assert bytes_of(in_workers, "down") == bytes_of(expected, "down")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"federation.lora_rule": "FlexLoRA", "train.optimizer_state": "reset"},
+        {"federation.strategy": {"name": "SCAFFOLD"}} | SGD,
+    ],
+)
+def test_what_must_go_down_whole_goes_with_no_codec(options: dict[str, Any], make_federation: Make) -> None:
+    federation = make_federation(job=PLAN | options | {"federation.codec_down": {"name": "int8"}})
+    with pytest.raises(ConfigError, match="codec_down"):
+        validate(federation.job(), federation.parties())
 
 
 class OneNumber:

@@ -28,6 +28,7 @@ from fedllm.wire.blob import (
     read,
     scan,
     table_of,
+    values_of,
     whole,
     write_parts,
 )
@@ -173,3 +174,30 @@ def test_tensors_in_place_are_not_copied() -> None:
     view = in_place(parts_of(tensors))
     tensors["w"][3] = 1.0
     assert whole(view)[-4:] == torch.ones(1).numpy().tobytes()
+
+
+@given(specs=specs_strategy, most=st.integers(1, 40))
+@settings(max_examples=60, deadline=None)
+def test_all_values_come_in_the_order_of_names_wherever_they_lie(specs: Any, most: int, tmp_path_factory: Any) -> None:
+    tensors = {
+        name: torch.arange(math.prod(shape)).reshape(shape).to(dtype) for name, (dtype, shape, _) in specs.items()
+    }
+    path = tmp_path_factory.mktemp("blob") / "blob"
+    with path.open("wb") as handle:
+        in_file = FileBlob(path, *write_parts(parts_of(tensors), handle.write))
+    blobs = [in_memory(parts_of(tensors)), MemoryBlob(bytes(whole(in_file))), in_file]
+    expected = [value for name in sorted(tensors) for value in tensors[name].reshape(-1).tolist()]
+    for found in (tensors, *(StoredTensors(blob, table_of(blob)) for blob in blobs)):
+        pieces = [piece.tolist() for piece in values_of(found, most)]
+        assert all(len(piece) <= most for piece in pieces)
+        assert [value for piece in pieces for value in piece] == expected
+
+
+def test_neighbours_in_a_blob_are_read_together_and_not_copied() -> None:
+    tensors = {f"u/{number}": torch.full((3,), float(number)) for number in range(4)}
+    blob = in_memory(parts_of(tensors))
+    (piece,) = values_of(StoredTensors(blob, table_of(blob)), 100)
+    assert piece.tolist() == [0.0] * 3 + [1.0] * 3 + [2.0] * 3 + [3.0] * 3
+    assert isinstance(blob.data, bytearray)
+    blob.data[-4:] = torch.tensor([9.0]).numpy().tobytes()
+    assert piece[-1] == 9.0

@@ -6,6 +6,7 @@ import mmap
 from collections.abc import Mapping
 from contextlib import suppress
 
+import numpy as np
 import torch
 
 _BYTES = 8
@@ -32,14 +33,33 @@ class Accumulators:
                 self._memory.madvise(mmap.MADV_HUGEPAGE)
         self._flat = torch.frombuffer(self._memory, dtype=torch.int64, count=count) if count else torch.empty(0)
         self._places: dict[str, tuple[int, int]] = {}
-        self._released = start = 0
+        self._released = start = self._shift = 0
         for name, size in sizes.items():
             self._places[name] = start, start + size
             start += size
 
     def __getitem__(self, name: str) -> torch.Tensor:
+        self._settle()
         start, end = self._places[name]
         return self._flat[start:end]
+
+    @property
+    def flat(self) -> np.ndarray:
+        """All integers in the order of the sizes, to be added to, whatever they are shifted by."""
+        return self._flat.numpy()
+
+    def shift(self, count: int) -> None:
+        """Note that to all integers `count` will have been added that does not belong there.
+
+        Args:
+            count: It is taken off when they are next looked at, modulo 2**64.
+        """
+        self._shift += count
+
+    def _settle(self) -> None:
+        if self._shift:
+            np.subtract(self._flat.numpy(), np.uint64(self._shift % 2**64).astype(np.int64), out=self._flat.numpy())
+            self._shift = 0
 
     def release(self, name: str) -> None:
         """Give back the memory up to the end of a tensor, in large steps; the values there are gone.

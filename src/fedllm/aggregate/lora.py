@@ -74,7 +74,7 @@ def sites(names: Iterable[str]) -> dict[str, tuple[str, str]]:
         if match := _RIGHT.search(name):
             left = name[: match.start()] + match.group().replace("A", "B") + name[match.end() :]
             # AdaLoRA has a third factor between the two.
-            if left in known and left.replace("lora_B", "lora_E") not in known:
+            if left in known and (".lora_A." not in name or name.replace(".lora_A.", ".lora_E.") not in known):
                 found[name[: match.start()]] = (left, name)
     return found
 

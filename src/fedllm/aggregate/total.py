@@ -10,15 +10,18 @@ import torch
 
 from fedllm.aggregate.accumulators import Accumulators
 from fedllm.errors import PayloadError
-from fedllm.wire.blob import largest_of, specs_of
+from fedllm.wire.blob import largest_of, specs_of, values_of
 
 # Values are rounded to multiples of 2**-30 and summed as 64-bit integers, which do not depend on order.
 GRID_BITS = 30
 _LIMIT = 2**63
 # Values are added in pieces that stay in the processor's cache.
 _PIECE = 2**17
-# Below this magnitude a value takes no more than 32 bits on the grid.
-_SMALL = 2.0 ** (31 - GRID_BITS) - 2.0**-GRID_BITS
+# Of this number and a small value, the sum in float64 is rounded to multiples of 2**-30, halves to even, and its bits,
+# seen as an integer, are those of the number plus the count of multiples.
+_MAGIC = 1.5 * 2.0 ** (52 - GRID_BITS)
+_SHIFT = int(np.float64(_MAGIC).view(np.int64))
+_SMALL = 2.0 ** (50 - GRID_BITS)
 
 
 def to_grid(tensor: torch.Tensor) -> torch.Tensor:
@@ -51,38 +54,53 @@ def _bound_of(largest: float, weight: int, counts: Mapping[str, float], sender: 
 
 
 class _Pieces:
-    """Buffers for a piece of a tensor, made once: fresh memory costs more than the arithmetic."""
+    """A buffer for a piece of the sum, made once: fresh memory costs more than the arithmetic."""
 
     def __init__(self) -> None:
-        self._floats = {dtype: torch.empty(_PIECE, dtype=dtype) for dtype in (torch.float32, torch.float64)}
-        self._counts = {dtype: torch.empty(_PIECE, dtype=dtype) for dtype in (torch.int32, torch.int64)}
+        self._floats = np.empty(_PIECE)
+        # The same memory, seen as integers.
+        self._counts = self._floats.view(np.int64)
 
-    def add(self, total: torch.Tensor, tensor: torch.Tensor, weight: int, *, largest: float) -> None:
-        """Add `weight * to_grid(tensor)` to a flat tensor of int64; no magnitude is above `largest`."""
-        # To scale by a power of two and to round are exact in the values' own precision, if it is 32 bits or more.
-        narrow = tensor.is_floating_point() and tensor.dtype != torch.float64
-        buffer = self._floats[torch.float32 if narrow else torch.float64]
-        flat = tensor.detach().to("cpu").reshape(-1)
-        for sums, piece in zip(_pieces_of(total), _pieces_of(flat), strict=True):
-            floats = buffer[: len(piece)].copy_(piece).mul_(2.0**GRID_BITS).round_()
-            counts = self._counts[torch.int64][: len(piece)]
-            # By way of 32 bits, where they are enough, is several times faster.
-            counts.copy_(self._counts[torch.int32][: len(piece)].copy_(floats) if largest < _SMALL else floats)
-            # So is NumPy's addition of 64-bit integers, since torch multiplies by 1 as well.
-            if weight != 1:
-                np.multiply(counts.numpy(), weight, out=counts.numpy())
-            np.add(sums.numpy(), counts.numpy(), out=sums.numpy())
+    def add(self, totals: np.ndarray, tensors: Mapping[str, torch.Tensor], weight: int, *, largest: float) -> None:
+        """Add `weight * (to_grid(tensor) + _SHIFT)` to integers that lie in the order of the tensors' names.
+
+        Args:
+            totals: The integers.
+            tensors: They may be smaller or larger than a piece.
+            weight: The party's weight.
+            largest: No magnitude is above it.
+        """
+        done = filled = 0
+        for piece in values_of(tensors, _PIECE):
+            if filled + len(piece) > _PIECE:
+                self._flush(totals[done : done + filled], weight, largest)
+                done, filled = done + filled, 0
+            # NumPy has no bfloat16.
+            values = (piece.float() if piece.dtype == torch.bfloat16 else piece).numpy()
+            self._floats[filled : filled + len(values)] = values
+            filled += len(values)
+        self._flush(totals[done : done + filled], weight, largest)
+
+    def _flush(self, totals: np.ndarray, weight: int, largest: float) -> None:
+        floats, counts = self._floats[: len(totals)], self._counts[: len(totals)]
+        if largest < _SMALL:
+            np.add(floats, _MAGIC, out=floats)
+        else:
+            np.rint(np.multiply(floats, 2.0**GRID_BITS, out=floats), out=floats)
+            np.add(floats.astype(np.int64), _SHIFT, out=counts)
+        if weight != 1:
+            np.multiply(counts, weight, out=counts)
+        np.add(totals, counts, out=totals)
 
     def mean(self, total: torch.Tensor, scale: float) -> torch.Tensor:
         """Return `total / scale` as float32."""
-        mean, buffer = torch.empty(len(total), dtype=torch.float32), self._floats[torch.float64]
-        for target, piece in zip(_pieces_of(mean), _pieces_of(total), strict=True):
-            target.copy_(buffer[: len(piece)].copy_(piece).div_(scale))
+        mean = torch.empty(len(total), dtype=torch.float32)
+        sums, means = total.numpy(), mean.numpy()
+        for start in range(0, len(sums), _PIECE):
+            floats = self._floats[: len(sums) - start]
+            floats[:] = sums[start : start + _PIECE]
+            means[start : start + _PIECE] = np.divide(floats, scale, out=floats)
         return mean
-
-
-def _pieces_of(flat: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return torch.split(flat, _PIECE) if len(flat) > _PIECE else (flat,)
 
 
 class GridSum:
@@ -117,10 +135,10 @@ class GridSum:
             raise _overflow(f"the update with weight {weight}", sender)
         self._bound, self.weight = bound, self.weight + weight
         if self._sums is None:
-            self._shapes = {name: spec.shape for name, spec in specs_of(tensors).items()}
+            self._shapes = {name: spec.shape for name, spec in sorted(specs_of(tensors).items())}
             self._sums = Accumulators({name: math.prod(shape) for name, shape in self._shapes.items()})
-        for name, tensor in tensors.items():
-            self._pieces.add(self._sums[name], tensor, weight, largest=largest)
+        self._sums.shift(weight * _SHIFT)
+        self._pieces.add(self._sums.flat, tensors, weight, largest=largest)
         for name, value in counts.items():
             self._counts[name] = self._counts.get(name, 0) + round(value * 2**GRID_BITS)
 

@@ -102,6 +102,8 @@ class Driver:
         ]
         for (party, way), count in sorted(self.federation.ledger.of_round(number).items()):
             rows.append(head | {"party": party, "name": f"bytes_{way}", "value": count})
+        for party, count in sorted(self.federation.ledger.saved_in(number).items()):
+            rows.append(head | {"party": party, "name": "bytes_saved_down", "value": count})
         return rows
 
     def _open(self) -> State | None:

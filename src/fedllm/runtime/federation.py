@@ -22,7 +22,7 @@ class LinkedFederation:
     """The server's view of the parties. See `fedllm.scenarios.base.Federation`.
 
     Tensors that a party holds already are sent as a digest: a party that has just evaluated the global adapter is
-    not sent it again to train on.
+    not sent it again to train on. A party that holds what a change was made for is sent the change.
     """
 
     def __init__(
@@ -41,6 +41,8 @@ class LinkedFederation:
         self._sequence = 0
         self._max_bytes = max_message_bytes({})
         self._held_by: dict[str, str] = {}
+        # By how much the last message to a party was shorter than its tensors.
+        self._shorter: dict[str, int] = {}
         self.trained: dict[str, int] = dict.fromkeys(link.parties, 0)
         self.ledger = ByteLedger()
         self.timings = Timings()
@@ -100,8 +102,9 @@ class LinkedFederation:
                             answer.blob.discard()
                 unsent = retry
         finally:
-            if draft.blob:
-                draft.blob.discard()
+            for blob in (draft.blob, draft.patch):
+                if blob:
+                    blob.discard()
 
     def _envelope(self, round_: int, party: str) -> Envelope:
         return Envelope(
@@ -114,8 +117,14 @@ class LinkedFederation:
         )
 
     def _packed(self, frame: Frame) -> Parcel:
-        held = bool(frame.blob) and self._held_by.get(frame.envelope.recipient) == frame.blob_digest
-        return pack(frame, omit_blob=held, sign=self._seal.sign if self._seal else None)
+        party = frame.envelope.recipient
+        held = self._held_by.get(party) if frame.blob else None
+        # What is no shorter than the tensors is not worth it.
+        if held is None or held != frame.patch_of or frame.patch_size >= frame.blob_size:
+            frame = frame.without_patch()
+        self._shorter[party] = frame.blob_size - frame.patch_size if frame.patch_of else 0
+        omit = held is not None and held == frame.blob_digest
+        return pack(frame, omit_blob=omit, sign=self._seal.sign if self._seal else None)
 
     def _exchange(self, frames: Mapping[str, Frame], round_: int) -> Iterator[tuple[str, Parcel | None]]:
         messages = {party: self._packed(frame) for party, frame in frames.items()}
@@ -140,6 +149,8 @@ class LinkedFederation:
             return
         if frame.blob:
             self._held_by[party] = frame.blob_digest
+            if saved := self._shorter.get(party):
+                self.ledger.save(round_=frame.envelope.round, party=party, num_bytes=saved)
         if request.commits:
             self.trained[party] = frame.envelope.round
 
@@ -155,6 +166,8 @@ class LinkedFederation:
         frame = unpack(parcel, max_bytes=self._max_bytes)
         if self._seal:
             self._seal.verify(sent.recipient, frame.text, frame.signature)
+        if frame.patch_of:
+            raise PayloadError("PAYLOAD_REFUSED", "an answer is no change to another one", where=sent.recipient)
         if frame.envelope != sent.reply():
             raise PayloadError("PAYLOAD_REFUSED", "the answer belongs to another request", where=sent.recipient)
         return frame

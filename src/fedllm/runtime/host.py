@@ -16,7 +16,9 @@ from fedllm.runtime.base import HANDSHAKE, SERVER, Done, Hello, Ready, Restore, 
 from fedllm.runtime.freshness import Freshness
 from fedllm.scenarios.base import ClientHalf, Log, Row
 from fedllm.wire.blob import Blob, in_memory
+from fedllm.wire.codecs import Codec
 from fedllm.wire.frame import Frame, Keep, Parcel, check_finite, decode, encode, pack, unpack, with_blob
+from fedllm.wire.patch import applied
 from fedllm.wire.payload import Envelope, Failure, Payload
 
 _log = logging.getLogger("fedllm.party")
@@ -69,7 +71,7 @@ class PartyHost:
 
     Tensors of a request may be `room` bytes longer than those that were agreed at the start allow.
     Between machines messages are signed as `seal` says, `fetch` pulls a request's tensors, and `keep` puts an answer's
-    where they can be pulled.
+    where they can be pulled. `codec_down` is that of changes to the tensors that were received before.
     """
 
     party: str
@@ -86,6 +88,7 @@ class PartyHost:
     keep: Keep = in_memory
     fetch: Callable[[Frame], Blob] | None = None
     room: int = 0
+    codec_down: Codec | None = None
     client: ClientHalf | None = None
     _rows: list[Row] = field(default_factory=list)
     _last: int = 0
@@ -128,12 +131,26 @@ class PartyHost:
                 self.guard.refused(error.code, round_=number)
 
     def _whole(self, frame: Frame) -> Frame:
-        size = frame.blob_size - self.room
+        size = max(frame.blob_size, frame.patch_size) - self.room
         if size > max_message_bytes({}) and size > max_message_bytes(self.ready([]).manifest):
-            raise PayloadError("PAYLOAD_REFUSED", f"tensors of {frame.blob_size} bytes", where=frame.envelope.sender)
-        if frame.blob_digest and not frame.blob and frame.blob_digest not in self.blobs.held and self.fetch:
-            return replace(frame, blob=self.fetch(frame))
-        return with_blob(frame, self.blobs.held)
+            raise PayloadError("PAYLOAD_REFUSED", f"tensors of {size + self.room} bytes", where=frame.envelope.sender)
+        held = self.blobs.held
+        if not frame.blob_digest or frame.blob or frame.blob_digest in held:
+            return with_blob(frame, held)
+        if frame.patch_of:
+            return self._patched(frame, held.get(frame.patch_of))
+        return replace(frame, blob=self.fetch(frame)) if self.fetch else with_blob(frame, held)
+
+    def _patched(self, frame: Frame, old: Blob | None) -> Frame:
+        if old is None or self.codec_down is None:
+            raise PayloadError("BLOB_MISSING", "the tensors that the message is a change to are not held here")
+        patch = frame.patch or (self.fetch(frame) if self.fetch else None)
+        if patch is None:
+            raise PayloadError("BLOB_MISSING", "the change that the message refers to did not come along")
+        try:
+            return replace(frame, blob=applied(old, patch, self.codec_down, digest=frame.blob_digest))
+        finally:
+            patch.discard()
 
     def _answered(self, payload: Payload, envelope: Envelope) -> Parcel:
         frame, answer = self._packed(payload, envelope)

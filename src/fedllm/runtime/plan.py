@@ -130,7 +130,8 @@ def rehearse(job: Job, facts: Facts) -> Traffic:
     """Return what a run sends.
 
     The conversation is really held, over the real wire, with random numbers in place of training; rounds beyond the
-    first few are taken to repeat them, or to go on growing as they did. Nothing of the other parties is needed.
+    first few are taken to repeat the last ones of these, or to go on growing as they did. Nothing of the other parties
+    is needed.
 
     Args:
         job: The job.
@@ -138,7 +139,9 @@ def rehearse(job: Job, facts: Facts) -> Traffic:
     """
     # Evaluations come every so many rounds, and some rules do in turns what they do.
     every = math.lcm(2, max(1, getattr(job.federation, "eval_every", 1)))
-    rounds = min(job.federation.num_rounds, -(-_DRY_ROUNDS // every) * every)
+    rounds = min(job.federation.num_rounds, every + -(-_DRY_ROUNDS // every) * every)
+    # Round 1 may differ: nobody holds yet what a change could be made to.
+    usual = range(min(rounds, every) + 1, rounds + 1) if rounds > every else range(1, rounds + 1)
     federation = job.federation.model_copy(update={"num_rounds": rounds})
     short = job.model_copy(update={"federation": federation}).located(job.base_dir)
     with tempfile.TemporaryDirectory() as folder:
@@ -148,15 +151,14 @@ def rehearse(job: Job, facts: Facts) -> Traffic:
     counts = [ledger.of_round(number) for number in range(1, rounds + 1)]
     later = _Later(counts, every, cache(partial(_growth, job, facts)), len(job.parties))
     # What does not grow is as in the rehearsal.
-    foretold = range(1, (job.federation.num_rounds if _grown(job, facts, 1) else rounds) + 1)
+    foretold = range(1, job.federation.num_rounds + 1) if _grown(job, facts, 1) else usual
     up, down = (
         {party: round(fmean(later.of(number, party, way) for number in foretold)) for party in job.parties}
         for way in ("up", "down")
     )
-    first = sum(ledger.of_round(0).values())
     ways = set().union(*counts)
-    usual = fmean(sum(later.of(number, *way) for way in ways) for number in foretold)
-    total = first + round(usual * job.federation.num_rounds)
+    after = sum(later.of(number, *way) for number in range(rounds + 1, job.federation.num_rounds + 1) for way in ways)
+    total = sum(ledger.of_round(0).values()) + sum(sum(found.values()) for found in counts) + round(after)
     return Traffic(up=up, down=down, total=total, most_up=_most_up(job, facts, ledger, counts))
 
 

@@ -246,4 +246,5 @@ def open_host(
         rows=run.party_rows(name),
         blobs=site.blobs,
         room=line.grown(job.federation, site.model.manifest, _MANY_ROUNDS, job.parties),
+        codec_down=job.federation.codec_down.codec if hasattr(job.federation, "codec_down") else None,
     )

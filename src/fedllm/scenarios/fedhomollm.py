@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -42,6 +43,7 @@ from fedllm.scenarios.base import (
 )
 from fedllm.scenarios.fedhomollm_answer import Answer, answer
 from fedllm.scenarios.fedhomollm_client import Client
+from fedllm.scenarios.fedhomollm_down import as_sent, sent
 from fedllm.scenarios.fedhomollm_messages import (
     Deliver,
     Delivered,
@@ -57,6 +59,7 @@ from fedllm.scenarios.fedhomollm_rows import loss_rows, loss_sums, rows_of, trai
 from fedllm.scenarios.fedhomollm_settings import Settings, clashes, needs_each, rule_of
 from fedllm.seeds import stream
 from fedllm.wire.codecs import CodecSettings
+from fedllm.wire.patch import DownSettings
 from fedllm.wire.payload import Manifest, Payload, Tensors, manifest_of
 
 
@@ -85,7 +88,7 @@ class Server:
         counted = state.fields.get("counted", {})
         # So that a party puts its own factor of the best round aside before it trains on.
         best = state.fields["best"] if rule_of(settings).keeps_state and settings.keep == "best" else None
-        request = Train(adapter=_sent(settings, adapter), control=control, counted=counted, best=best)
+        request = Train(adapter=sent(settings, state), control=control, counted=counted, best=best)
         total = self._gathered(federation, request, number, adapter)
         update, control_update = select("update", total.means), select("control", total.means)
         share = len(total.parties) / len(federation.parties)
@@ -99,7 +102,8 @@ class Server:
         if rule_of(settings).folds:
             moved = self._beside(moved, select("beside", total.means), number)
         tensors = prefixed("adapter", moved) | prefixed("server", memory) | prefixed("control", control)
-        fields = state.fields | self._counted_after(counted, total, number)
+        tensors, note = as_sent(settings, state, tensors, number)
+        fields = state.fields | note | self._counted_after(counted, total, number)
         new = State(number, tensors | _best_so_far(state), fields)
         return self._handed_over(federation, self._evaluated(federation, new, rows=rows, failures=total.failures))
 
@@ -174,7 +178,8 @@ class Server:
         if state.round < settings.num_rounds or not rule_of(settings).keeps_state:
             return result
         adapter, number = self._delivered(state)
-        request = Deliver(adapter=_sent(settings, adapter), counted=state.fields["counted"], delivered=number)
+        shared = {name: adapter[name] for name in travelling(settings.lora_rule, adapter)}
+        request = Deliver(adapter=shared, counted=state.fields["counted"], delivered=number)
         failures = dict(result.failures)
         for reply in federation.ask(request, round_=state.round, to=federation.parties):
             if not isinstance(reply.payload, Delivered):
@@ -220,14 +225,10 @@ class Server:
         return RoundResult(_with_best(state, totals["held_out"]), rows, failures)
 
     def _evaluate(self, federation: Federation, state: State, split: Split, to: tuple[str, ...]) -> Total:
-        adapter = _sent(self._settings, select("adapter", state.tensors))
+        adapter = sent(self._settings, state)
         counted = state.fields.get("counted", {}) if rule_of(self._settings).keeps_state else {}
         request = Evaluate(adapter=adapter, split=split, counted=counted)
         return federation.total(request, round_=state.round, to=to, manifest={})
-
-
-def _sent(settings: Settings, adapter: Tensors) -> Tensors:
-    return {name: adapter[name] for name in travelling(settings.lora_rule, adapter)}
 
 
 def _tuned(adapter: Tensors) -> Manifest:
@@ -261,8 +262,15 @@ def alone(settings: ScenarioSettings) -> Settings:
     Args:
         settings: The federation's.
     """
-    plain = {"strategy": StrategySettings(), "robust": RobustSettings(), "codec": CodecSettings(), "lora_rule": "FedIT"}
-    changes = {"min_parties": 1, "fraction_train": 1.0, "ranks": {}} | plain
+    plain: dict[str, Any] = {
+        "strategy": StrategySettings(),
+        "robust": RobustSettings(),
+        "codec": CodecSettings(),
+        "codec_down": DownSettings(),
+        "lora_rule": "FedIT",
+        "ranks": {},
+    }
+    changes = {"min_parties": 1, "fraction_train": 1.0} | plain
     return Settings.model_validate(settings.model_dump() | changes)
 
 

@@ -14,6 +14,7 @@ from fedllm.models.settings import PeftSettings
 from fedllm.scenarios.base import ScenarioSettings
 from fedllm.train.settings import TrainSettings
 from fedllm.wire.codecs import CodecSettings
+from fedllm.wire.patch import DownSettings
 
 
 class Settings(ScenarioSettings):
@@ -32,6 +33,9 @@ class Settings(ScenarioSettings):
     )
     robust: RobustSettings = Field(RobustSettings(), description="What bears dishonest parties.")
     codec: CodecSettings = Field(CodecSettings(), description="How updates are encoded on their way up.")
+    codec_down: DownSettings = Field(
+        DownSettings(), description="How the global adapter's change is encoded on its way down."
+    )
     drift_meter: bool = Field(
         True, description="Measure how far the mean of LoRA's factors is from the mean of their products (FedIT)."
     )
@@ -89,6 +93,8 @@ def clashes(settings: Settings, train: TrainSettings, peft: PeftSettings, partie
     if settings.strategy.name == "SCAFFOLD":
         yield from _clashes_of_scaffold(settings, train)
     yield from _clashes_of_rule(settings, train, peft)
+    if settings.codec_down.name != "fp32":
+        yield from _clashes_of_codec_down(settings)
     if settings.ranks:
         yield from _clashes_of_ranks(settings, peft, parties)
     yield from _clashes_of_robust(settings, peft, parties)
@@ -148,6 +154,20 @@ def _clashes_of_own_factor(settings: Settings, peft: PeftSettings) -> Iterator[C
     if peft.use_dora:
         what = f"DoRA's magnitudes belong to the whole product, of which {name} shares one factor"
         yield key, what, "set `use_dora: false`"
+
+
+def _clashes_of_codec_down(settings: Settings) -> Iterator[Clash]:
+    key, name, rule = "federation.codec_down", settings.codec_down.name, rule_of(settings)
+    if rule.needs_each or rule.keeps_state:
+        what = (
+            f"{settings.lora_rule} takes new factors in every round, to which what {name} lost of a change is no part"
+            if rule.needs_each
+            else f"with {settings.lora_rule} a party's own factor fits the shared one, not what {name} makes of it"
+        )
+        yield key, what, "set `codec_down: {name: fp32}`, or another `lora_rule`"
+    if settings.strategy.name == "SCAFFOLD":
+        what = "SCAFFOLD's control variate goes down beside the adapter, and must arrive whole"
+        yield key, what, "set `codec_down: {name: fp32}`, or another `strategy`"
 
 
 def _is_plain_step(settings: Settings) -> bool:

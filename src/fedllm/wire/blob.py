@@ -336,6 +336,41 @@ class StoredTensors(Mapping[str, torch.Tensor]):
         }
 
 
+def values_of(tensors: Mapping[str, torch.Tensor], most: int) -> Iterator[torch.Tensor]:
+    """Yield all values in the order of the tensors' names, flat and in pieces, each good until the next one is asked.
+
+    Args:
+        tensors: Named tensors. Those that are neighbours in a blob are read together, without a copy where they can be.
+        most: The most values in a piece.
+    """
+    if not isinstance(tensors, StoredTensors):
+        for name in sorted(tensors):
+            yield from torch.split(tensors[name].detach().to("cpu").reshape(-1), most)
+        return
+    buffer = bytearray()
+    for word, start, end in _runs(tensors.entries):
+        dtype = DTYPES[word]
+        for at in range(start, end, most * dtype.itemsize):
+            length = min(most * dtype.itemsize, end - at)
+            if isinstance(tensors.blob, MemoryBlob) and isinstance(tensors.blob.data, bytearray):
+                yield torch.frombuffer(tensors.blob.data, dtype=dtype, count=length // dtype.itemsize, offset=at)
+                continue
+            buffer = buffer if len(buffer) >= length else bytearray(length)
+            tensors.blob.read_into(at, memoryview(buffer)[:length])
+            yield torch.frombuffer(buffer, dtype=dtype, count=length // dtype.itemsize)
+
+
+def _runs(entries: Mapping[str, Entry]) -> list[tuple[str, int, int]]:
+    """Return dtype, first byte and the byte after the last one, of tensors that follow one another in every respect."""
+    runs: list[tuple[str, int, int]] = []
+    for _, entry in sorted(entries.items()):
+        if runs and (runs[-1][0], runs[-1][2]) == (entry.dtype, entry.start):
+            runs[-1] = entry.dtype, runs[-1][1], entry.end
+        else:
+            runs.append((entry.dtype, entry.start, entry.end))
+    return runs
+
+
 def magnitude(tensor: torch.Tensor) -> float:
     """Return the largest magnitude in a tensor: NaN or infinity if it holds one of them, 0 if it is empty.
 

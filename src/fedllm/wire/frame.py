@@ -27,6 +27,7 @@ from fedllm.wire.blob import (
     specs_of,
     table_of,
 )
+from fedllm.wire.patch import Patched
 from fedllm.wire.payload import Envelope, Manifest, Payload, plain_fields
 
 _MAGIC = b"FLM2"
@@ -55,6 +56,7 @@ class Parcel:
 class Frame:
     """A message taken apart. Its tensors are named by digest and size, whether `blob` came along or not.
 
+    `patch` is a change that leads to them from the blob with the digest `patch_of`: what travels in their place.
     `text` and `signature` are what was signed and by which signature; empty in a message that is still to be sent.
     """
 
@@ -64,8 +66,21 @@ class Frame:
     blob_digest: str = ""
     blob_size: int = 0
     blob: Blob | None = None
+    patch_of: str = ""
+    patch_digest: str = ""
+    patch_size: int = 0
+    patch: Blob | None = None
     text: bytes = b""
     signature: bytes = b""
+
+    @property
+    def travels(self) -> tuple[str, int]:
+        """Digest and size of what travels: the change, where there is one, or the tensors."""
+        return (self.patch_digest, self.patch_size) if self.patch_of else (self.blob_digest, self.blob_size)
+
+    def without_patch(self) -> Frame:
+        """Return the message with its tensors as they are."""
+        return replace(self, patch_of="", patch_digest="", patch_size=0, patch=None)
 
 
 def encode(payload: Payload, envelope: Envelope, *, keep: Keep = in_memory) -> Frame:
@@ -85,27 +100,40 @@ def encode(payload: Payload, envelope: Envelope, *, keep: Keep = in_memory) -> F
     if not tensors:
         return frame
     blob = keep(parts_of(tensors))
-    return replace(frame, blob_digest=blob.digest, blob_size=blob.size, blob=blob)
+    frame = replace(frame, blob_digest=blob.digest, blob_size=blob.size, blob=blob)
+    return _with_patch(frame, payload, keep)
+
+
+def _with_patch(frame: Frame, payload: Payload, keep: Keep) -> Frame:
+    fields = [field for field in payload.tensor_fields() if getattr(payload, field)]
+    value = getattr(payload, fields[0])
+    # A change leads to a whole blob, so there must be nothing else in it.
+    if len(fields) > 1 or not isinstance(value, Patched):
+        return frame
+    patch = keep(parts_of({f"{fields[0]}/{name}": tensor for name, tensor in value.change.items()}))
+    return replace(frame, patch_of=value.of, patch_digest=patch.digest, patch_size=patch.size, patch=patch)
 
 
 def pack(frame: Frame, *, omit_blob: bool = False, sign: Callable[[bytes], bytes] | None = None) -> Parcel:
     """Return a frame as it travels.
 
     Args:
-        frame: The message.
+        frame: The message. Where it has a change to its tensors, that travels in their place.
         omit_blob: Name the tensors only, because the receiver holds them already.
         sign: Returns the sender's signature of the header; unsigned by default.
     """
-    header = {
+    header: dict[str, Any] = {
         "envelope": frame.envelope.model_dump(),
         "kind": frame.kind,
         "fields": frame.fields,
         "blob": {"sha256": frame.blob_digest, "size": frame.blob_size},
     }
+    if frame.patch_of and not omit_blob:
+        header["patch"] = {"of": frame.patch_of, "sha256": frame.patch_digest, "size": frame.patch_size}
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
     signature = sign(text) if sign else b""
     head = b"".join([_PREFIX.pack(_MAGIC, len(text), len(signature)), signature, text])
-    return Parcel(head, None if omit_blob else frame.blob)
+    return Parcel(head, None if omit_blob else frame.patch or frame.blob)
 
 
 def join(parcel: Parcel) -> bytes:
@@ -187,11 +215,12 @@ def unpack(parcel: Parcel, *, max_bytes: int) -> Frame:
         raise _refuse("message is not as long as its prefix says")
     text = parcel.head[start:end]
     frame = _parsed(text)
-    if frame.blob_size > max_bytes - len(parcel.head):
+    if max(frame.blob_size, frame.patch_size) > max_bytes - len(parcel.head):
         raise _refuse(f"tensors of {frame.blob_size} bytes, at most {max_bytes} allowed", where=frame.envelope.sender)
-    if parcel.blob and (parcel.blob.size, parcel.blob.digest) != (frame.blob_size, frame.blob_digest):
+    if parcel.blob and (parcel.blob.digest, parcel.blob.size) != frame.travels:
         raise _refuse("tensors do not match their digest", where=frame.envelope.sender)
-    return replace(frame, blob=parcel.blob, text=text, signature=parcel.head[_PREFIX.size : start])
+    frame = replace(frame, patch=parcel.blob) if frame.patch_of else replace(frame, blob=parcel.blob)
+    return replace(frame, text=text, signature=parcel.head[_PREFIX.size : start])
 
 
 def _parsed(text: bytes) -> Frame:
@@ -199,7 +228,7 @@ def _parsed(text: bytes) -> Frame:
         header = parse_json(text)
     except ValueError:
         raise _refuse("header is not JSON") from None
-    if not isinstance(header, dict) or header.keys() != {"envelope", "kind", "fields", "blob"}:
+    if not isinstance(header, dict) or header.keys() - {"patch"} != {"envelope", "kind", "fields", "blob"}:
         raise _refuse("header has other keys than it should")
     try:
         envelope = Envelope.model_validate(header["envelope"])
@@ -207,7 +236,19 @@ def _parsed(text: bytes) -> Frame:
         raise _refuse("envelope is malformed") from None
     if not isinstance(header["kind"], str) or not isinstance(header["fields"], dict):
         raise _refuse("header is malformed", where=envelope.sender)
-    return Frame(envelope, header["kind"], header["fields"], *_blob_note(header["blob"], envelope.sender))
+    frame = Frame(envelope, header["kind"], header["fields"], *_blob_note(header["blob"], envelope.sender))
+    return _with_patch_note(frame, header["patch"]) if "patch" in header else frame
+
+
+def _with_patch_note(frame: Frame, note: Any) -> Frame:
+    sender = frame.envelope.sender
+    if not isinstance(note, dict) or note.keys() != {"of", "sha256", "size"}:
+        raise _refuse("header does not describe its tensors", where=sender)
+    of, _ = _blob_note({"sha256": note["of"], "size": 1}, sender)
+    digest, size = _blob_note({"sha256": note["sha256"], "size": note["size"]}, sender)
+    if not digest or not frame.blob_digest:
+        raise _refuse("header does not describe its tensors", where=sender)
+    return replace(frame, patch_of=of, patch_digest=digest, patch_size=size)
 
 
 def _blob_note(note: Any, sender: str) -> tuple[str, int]:

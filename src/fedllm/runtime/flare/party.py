@@ -144,8 +144,9 @@ def _opened(kit: Kit, seal: Seal, asked: dict[str, Any], run_id: str, desk: Desk
 
     def fetch(frame: Frame) -> Blob:
         desk.say("fetching")
-        ask = asker(desk.way, SERVER, frame.blob_digest)
-        return spool.pull(frame.blob_digest, frame.blob_size, sender=SERVER, ask=ask, cancelled=desk.is_closed)
+        digest, size = frame.travels
+        ask = asker(desk.way, SERVER, digest)
+        return spool.pull(digest, size, sender=SERVER, ask=ask, cancelled=desk.is_closed)
 
     guard = Guard(log, job, party, own, run_id)
     return Member(replace(host, guard=guard, seal=seal, fresh=fresh, keep=in_place, fetch=fetch), run)
