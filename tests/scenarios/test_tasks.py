@@ -12,6 +12,7 @@ from tiny import TinyFederation, make_tokenizer, save_base, write_jsonl
 from tokenizers.processors import TemplateProcessing
 
 from fedllm.errors import ConfigError
+from fedllm.evaluate.loss import LossSums, evaluate_examples
 from fedllm.models.load import load_base
 from fedllm.runtime.compare import compare
 from fedllm.runtime.export import export
@@ -210,6 +211,24 @@ def test_a_quantised_base_is_tuned_to_the_same_bits_again_and_merged_whole(
     base = open_site(federation.job(), federation.parties()).base.model
     held = sum(weight.numel() * weight.element_size() for weight in base.model.layers.parameters())
     assert held < 0.3 * sum(weight.numel() * 4 for weight in merged.model.layers.parameters())
+
+
+@pytest.mark.parametrize("rule", ["FedEx-LoRA", "FLoRA"])
+def test_rules_that_add_to_the_base_leave_quantised_weights_alone(rule: str, make_federation: Make, wide: Path) -> None:
+    from fedllm.models.deliver import load_adapter
+
+    job = {"model.load_in_4bit": True, "federation.lora_rule": rule, "train.optimizer_state": "reset"}
+    federation = make_federation(base=wide, job=job | {"train.learning_rate": 0.02, "federation.keep": "last"})
+    result = federation.run()
+    values = {(row["round"], row["split"], row["name"]): row["value"] for row in result.rows() if row["party"] is None}
+    site = open_site(federation.job(), federation.parties())
+    base = load_base(federation.job().model, folder=wide).model
+    model = load_adapter(base, result.path / "adapter")
+    sums = [
+        evaluate_examples(model, party_tokens(site, located).held_out, pad_id=0, batch_size=4)
+        for located in federation.parties()
+    ]
+    assert sum(sums, LossSums()).loss_nats == pytest.approx(values[2, "held_out", "loss_nats"], rel=1e-4)
 
 
 def test_a_base_that_is_quantised_already_is_refused(make_federation: Make, tmp_path: Path) -> None:
