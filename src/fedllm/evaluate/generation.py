@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from fedllm.evaluate.loss import evaluating
+from fedllm.models.methods import quiet_peft
 
 _NO_LIMIT = 1 << 30
 
@@ -42,7 +43,8 @@ def generate_completions(
     order = sorted(range(len(prompts_ids)), key=lambda index: len(prompts_ids[index]))
     completions = [""] * len(order)
     with evaluating(model), _plain_generation_config(model):
-        for chosen in _slices(order, batch_size):
+        lengths = [len(prompts_ids[index]) for index in order] if _has_virtual_tokens(model) else [0] * len(order)
+        for chosen in _slices(order, lengths, batch_size):
             prompts = [list(prompts_ids[i])[new_tokens - context :] or [_start(tokenizer)] for i in chosen]
             for index, ids in zip(chosen, _generate(model, prompts, stops, new_tokens), strict=True):
                 completions[index] = _text(tokenizer, ids, stops)
@@ -57,8 +59,10 @@ def _generate(model: Any, prompts: list[list[int]], stops: list[int], new_tokens
     # Padding is masked, so any id will do; one that ends no prompt is not taken for right padding.
     pad = next(token for token in itertools.count() if all(prompt[-1] != token for prompt in prompts))
     device = next(model.parameters()).device
-    rows = [[pad] * (width - len(prompt)) + prompt for prompt in prompts]
-    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    # An encoder counts places from the left; a decoder goes on at the right.
+    right = model.config.is_encoder_decoder
+    rows = [_padded(prompt, [pad] * (width - len(prompt)), right=right) for prompt in prompts]
+    mask = [_padded([1] * len(prompt), [0] * (width - len(prompt)), right=right) for prompt in prompts]
     config = GenerationConfig(
         max_new_tokens=new_tokens,
         do_sample=False,
@@ -67,14 +71,19 @@ def _generate(model: Any, prompts: list[list[int]], stops: list[int], new_tokens
         eos_token_id=stops or None,
         decoder_start_token_id=getattr(model.config, "decoder_start_token_id", None),
     )
-    generated = model.generate(
-        input_ids=torch.tensor(rows, device=device),
-        attention_mask=torch.tensor(mask, device=device),
-        generation_config=config,
-    )
+    with quiet_peft():
+        generated = model.generate(
+            input_ids=torch.tensor(rows, device=device),
+            attention_mask=torch.tensor(mask, device=device),
+            generation_config=config,
+        )
     # An encoder's input is not repeated; its decoder begins with one start token.
-    start = 1 if model.config.is_encoder_decoder else width
+    start = 1 if right else width
     return [list(row) for row in generated[:, start:].tolist()]
+
+
+def _padded(row: list[int], padding: list[int], *, right: bool) -> list[int]:
+    return row + padding if right else padding + row
 
 
 @contextmanager
@@ -108,6 +117,15 @@ def _text(tokenizer: Any, ids: list[int], stops: list[int]) -> str:
     return str(tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
-def _slices(order: list[int], size: int) -> Iterator[list[int]]:
-    for start in range(0, len(order), size):
-        yield order[start : start + size]
+def _has_virtual_tokens(model: Any) -> bool:
+    """Return whether PEFT puts virtual tokens before a row: padding would stand between them and the prompt."""
+    config = getattr(model, "active_peft_config", None)
+    return bool(getattr(config, "is_prompt_learning", False))
+
+
+def _slices(order: list[int], lengths: list[int], size: int) -> Iterator[list[int]]:
+    """Yield the order in slices, in each of which all lengths are the same."""
+    for _, same in itertools.groupby(zip(lengths, order, strict=True), key=lambda pair: pair[0]):
+        found = [index for _, index in same]
+        for start in range(0, len(found), size):
+            yield found[start : start + size]
