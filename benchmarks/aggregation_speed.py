@@ -30,8 +30,9 @@ from fedllm.aggregate.lora import truncated_product
 from fedllm.aggregate.robust import RobustSettings, Update, robust_mean
 from fedllm.aggregate.server import DEFAULTS, StrategySettings, server_step
 from fedllm.aggregate.total import GridSum
-from fedllm.wire.blob import MemoryBlob, StoredTensors, in_memory, parts_of, scan, table_of
+from fedllm.wire.blob import MemoryBlob, in_memory, parts_of
 from fedllm.wire.payload import Tensors
+from fedllm.wire.stored import StoredTensors, scan, table_of
 
 LAYERS, WIDE, RANK = 32, 4096, 8
 SHAPES = {

@@ -16,7 +16,8 @@ from tiny import bits
 
 from fedllm.aggregate.total import GRID_BITS, GridSum, to_grid
 from fedllm.errors import PayloadError
-from fedllm.wire.blob import FileBlob, StoredTensors, in_memory, parts_of, scan, table_of, write_parts
+from fedllm.wire.blob import FileBlob, in_memory, parts_of, write_parts
+from fedllm.wire.stored import StoredTensors, scan, table_of
 
 STEP = Fraction(1, 2**GRID_BITS)
 values_strategy = st.floats(-100, 100, width=32)

@@ -30,9 +30,9 @@ from fedllm.scenarios.fedhomollm_messages import Deliver, Evaluate, Train
 from fedllm.train.base import TrainSums
 from fedllm.train.settings import TrainSettings
 from fedllm.train.supervised import SupervisedTrainer
-from fedllm.wire.blob import table_of
 from fedllm.wire.frame import Parcel
 from fedllm.wire.payload import manifest_of
+from fedllm.wire.stored import table_of
 
 Make = Callable[..., TinyFederation]
 Tensors = dict[str, torch.Tensor]

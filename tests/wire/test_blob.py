@@ -15,23 +15,8 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from tiny import bits
 
-from fedllm.wire.blob import (
-    DTYPES,
-    FileBlob,
-    MemoryBlob,
-    StoredTensors,
-    in_memory,
-    in_place,
-    largest_of,
-    magnitude,
-    parts_of,
-    read,
-    scan,
-    table_of,
-    values_of,
-    whole,
-    write_parts,
-)
+from fedllm.wire.blob import DTYPES, FileBlob, MemoryBlob, in_memory, in_place, parts_of, read, whole, write_parts
+from fedllm.wire.stored import StoredTensors, largest_of, magnitude, scan, table_of, values_of
 
 FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 specs_strategy = st.dictionaries(

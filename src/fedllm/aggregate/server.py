@@ -8,6 +8,8 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from fedllm.variants import with_own
+
 Tensors = dict[str, torch.Tensor]
 Numbers = Mapping[str, float]
 # (mean update, memory, numbers) -> (step, memory), of one tensor.
@@ -57,16 +59,7 @@ class StrategySettings(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _settings_of_the_strategy(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values
-        name = values.get("name", "FedAvg")
-        own = DEFAULTS.get(name) if isinstance(name, str) else None
-        if own is None:
-            return values
-        given = {key: value for key, value in values.items() if value is not None}
-        if idle := sorted(given.keys() & cls.model_fields.keys() - own.keys() - {"name"}):
-            raise ValueError(f"{', '.join(idle)} has no effect with {name}; leave it out, or choose another strategy")
-        return own | given
+        return with_own(values, cls.model_fields, key="name", default="FedAvg", variants=DEFAULTS)
 
     @model_validator(mode="after")
     def _pull_of_fedprox(self) -> StrategySettings:

@@ -10,7 +10,7 @@ import torch
 
 from fedllm.aggregate.accumulators import Accumulators
 from fedllm.errors import PayloadError
-from fedllm.wire.blob import largest_of, specs_of, values_of
+from fedllm.wire.stored import largest_of, specs_of, values_of
 
 # Values are rounded to multiples of 2**-30 and summed as 64-bit integers, which do not depend on order.
 GRID_BITS = 30

@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from fedllm.variants import with_own
+
 
 class ModelSettings(BaseModel):
     """Which base model every party holds."""
@@ -137,16 +139,7 @@ class PeftSettings(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _settings_of_the_method(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values
-        name = values.get("peft_type", "LORA")
-        own = DEFAULTS.get(name) if isinstance(name, str) else None
-        if own is None:
-            return values
-        given = {key: value for key, value in values.items() if value is not None}
-        if idle := sorted(given.keys() & cls.model_fields.keys() - own.keys() - {"peft_type"}):
-            raise ValueError(f"{', '.join(idle)} has no effect with {name}; leave it out, or choose another peft_type")
-        return own | given
+        return with_own(values, cls.model_fields, key="peft_type", default="LORA", variants=DEFAULTS)
 
     @field_validator("target_modules")
     @classmethod

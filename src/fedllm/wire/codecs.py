@@ -12,6 +12,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from fedllm.seeds import stream
+from fedllm.variants import with_own
 from fedllm.wire.payload import Manifest, Tensors, TensorSpec
 
 # Which settings a codec has, and what they are where the job does not say.
@@ -22,7 +23,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "int4": {"block_size": 64, "error_feedback": False},
     "TopK": {"density": 0.1, "error_feedback": False},
     "RandomK": {"density": 0.1, "error_feedback": False},
-    "Grid": {"bits": 16, "error_feedback": False},
+    "Grid": {"bits": 16, "limit": None, "error_feedback": False},
 }
 # Positions cost 32 bits each, or a bit for every value.
 _DENSE_ENOUGH_FOR_BITMAP = 1 / 32
@@ -44,17 +45,10 @@ class CodecSettings(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _settings_of_the_codec(cls, values: Any) -> Any:
-        name = values.get("name", "fp32") if isinstance(values, dict) else None
-        own = _DEFAULTS.get(name) if isinstance(name, str) else None
-        if own is None:
-            return values
-        given = {key: value for key, value in values.items() if value is not None}
-        allowed = own.keys() | ({"limit"} if name == "Grid" else set())
-        if idle := sorted(given.keys() & cls.model_fields.keys() - allowed - {"name"}):
-            raise ValueError(f"{', '.join(idle)} has no effect with {name}; leave it out, or choose another codec")
-        if name == "Grid" and "limit" not in given:
+        found = with_own(values, cls.model_fields, key="name", default="fp32", variants=_DEFAULTS)
+        if isinstance(found, dict) and found.get("name") == "Grid" and found.get("limit") is None:
             raise ValueError("Grid needs limit, the largest magnitude of a value; set it")
-        return own | given
+        return found
 
 
 Parts = dict[str, torch.Tensor]

@@ -13,22 +13,10 @@ import torch
 from pydantic import ValidationError
 
 from fedllm.errors import PayloadError
-from fedllm.wire.blob import (
-    Blob,
-    Buffer,
-    Entry,
-    MemoryBlob,
-    StoredTensors,
-    in_memory,
-    magnitude,
-    parse_json,
-    parts_of,
-    scan,
-    specs_of,
-    table_of,
-)
+from fedllm.wire.blob import Blob, Buffer, MemoryBlob, in_memory, parts_of
 from fedllm.wire.patch import Patched
 from fedllm.wire.payload import Envelope, Manifest, Payload, plain_fields
+from fedllm.wire.stored import Entry, StoredTensors, magnitude, parse_json, scan, specs_of, table_of
 
 _MAGIC = b"FLM2"
 _PREFIX = struct.Struct("<4sIH")

@@ -10,11 +10,18 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from fedllm.errors import PayloadError
-from fedllm.wire.blob import Blob, MemoryBlob, StoredTensors, in_memory, parts_of, table_of
+from fedllm.variants import with_own
+from fedllm.wire.blob import Blob, MemoryBlob, in_memory, parts_of
 from fedllm.wire.codecs import Codec, CodecSettings
 from fedllm.wire.payload import Tensors, manifest_of
+from fedllm.wire.stored import StoredTensors, table_of
 
-_BLOCKS = ("int8", "int4")
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "fp32": {},
+    "bf16": {},
+    "int8": {"block_size": 64},
+    "int4": {"block_size": 64},
+}
 
 
 class DownSettings(BaseModel):
@@ -30,13 +37,7 @@ class DownSettings(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _settings_of_the_codec(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values
-        if values.get("name") in _BLOCKS:
-            return {"block_size": 64} | {key: value for key, value in values.items() if value is not None}
-        if values.get("block_size") is not None:
-            raise ValueError("block_size has an effect with int8 and int4 only; leave it out")
-        return values
+        return with_own(values, cls.model_fields, key="name", default="fp32", variants=_DEFAULTS)
 
     @property
     def codec(self) -> Codec:
