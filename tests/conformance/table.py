@@ -39,6 +39,9 @@ def page() -> str:
                 found = [Combination(method, family, task).refusal(base) for method in METHODS]
                 rows.append([f"`{family}`", *(_cell(reason, family, reasons) for reason in found)])
             parts.append(f"## {_TITLES[task]}\n\n{_table(['family', *METHODS], rows)}")
+    allowed = sum(part.count("✓") for part in parts[1:])
+    total = sum(len(families) for families in TASKS.values()) * len(METHODS)
+    parts.insert(1, f"Of {total} pairs {allowed} are allowed (✓); the others are refused, with the reason below.\n")
     notes = [f"{number}. {reason}" for reason, number in reasons.items()]
     parts.append(
         "## Why a pair is refused\n\nBefore anything is loaded, with the code `PEFT_TARGET`:\n\n"
@@ -46,6 +49,18 @@ def page() -> str:
         + "\n"
     )
     return "\n".join(parts)
+
+
+def allowed_on_page() -> dict[Combination, bool]:
+    """Return what the page says of each combination."""
+    found: dict[Combination, bool] = {}
+    for section in PAGE.read_text(encoding="utf-8").split("\n## ")[1:]:
+        task = next((name for name, title in _TITLES.items() if section.startswith(title)), None)
+        for line in section.splitlines() if task else ():
+            family, *cells = [cell.strip(" `") for cell in line.strip("| ").split("|")]
+            if family in TASKS.get(task, ()):
+                found |= {Combination(m, family, task): cell == "✓" for m, cell in zip(METHODS, cells, strict=True)}
+    return found
 
 
 def _cell(reason: str | None, family: str, reasons: dict[str, int]) -> str:

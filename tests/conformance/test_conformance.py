@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from combinations import LABELS, METHODS, Combination, sample
+from combinations import LABELS, METHODS, Combination, combinations, sample
 from families import FAMILIES, TASKS, save_family
+from table import allowed_on_page
 from tiny import TinyFederation, records, write_jsonl
 
 from fedllm.evaluate.loss import LossSums, evaluate_examples
@@ -26,6 +27,7 @@ from fedllm.tasks import CLASSIFICATION, TaskName
 Bases = Callable[[str, TaskName], Path]
 Make = Callable[..., TinyFederation]
 CHOSEN = list(sample(1 if os.environ.get("FEDLLM_CONFORMANCE") == "all" else len(METHODS)))
+ALLOWED = allowed_on_page()
 SIZES = {"north": 4, "south": 3}
 
 
@@ -73,6 +75,10 @@ def held_out_loss(one: Combination, federation: TinyFederation, result: RunResul
     return sum(sums, LossSums()).loss_nats
 
 
+def test_the_page_has_a_cell_for_each_combination() -> None:
+    assert set(ALLOWED) == set(combinations())
+
+
 def test_each_family_and_task_and_method_is_among_those_tried() -> None:
     assert {(one.family, one.task) for one in CHOSEN} == {(name, task) for task in TASKS for name in TASKS[task]}
     assert {one.family for one in CHOSEN} == set(FAMILIES)
@@ -84,7 +90,9 @@ def test_two_parties_tune_it_resume_to_the_same_bits_and_deliver_what_they_judge
     one: Combination, bases: Bases, make_federation: Make
 ) -> None:
     base = bases(one.family, one.task)
-    if reason := one.refusal(base):
+    reason = one.refusal(base)
+    assert ALLOWED[one] == (reason is None), "the page differs: make reference"
+    if reason is not None:
         assert len(reason) > 20
         return
     federation = federation_of(one, base, make_federation)
