@@ -14,6 +14,7 @@ help:
 	@echo "make type       types of the package"
 	@echo "make docs       build the documentation into docs/_build/html"
 	@echo "make reference  write the generated pages of docs/reference again"
+	@echo "make conformance  try every tuning method with every family and task"
 	@echo "make check      test and docs"
 	@echo "make clean      remove caches and build outputs; keeps .venv and runs"
 
@@ -24,7 +25,7 @@ demo: setup
 	@$(BIN)/fedllm demo
 
 test: lint type
-	@$(BIN)/python -m pytest $(PYTEST)
+	@$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST)
 
 lint:
 	@sh scripts/bootstrap.sh test,lint
@@ -48,7 +49,7 @@ reference:
 
 conformance:
 	@sh scripts/bootstrap.sh test,lint
-	@FEDLLM_CONFORMANCE=all $(BIN)/python -m pytest tests/conformance $(PYTEST)
+	@FEDLLM_CONFORMANCE=all $(BIN)/python -m pytest -n 2 tests/conformance $(PYTEST)
 
 check: test docs
 
