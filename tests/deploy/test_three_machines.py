@@ -24,6 +24,7 @@ import pytest
 from test_docs import call_main, in_folder
 from tiny import write_yaml
 
+pytestmark = pytest.mark.processes
 PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "three-machines.md"
 MACHINES = ("hub", "north", "east")
 _SERVER = "127.0.0.2"

@@ -104,7 +104,8 @@ def _drift(record: RunRecord) -> Drawing | None:
         worst = max(high, key=lambda number: high[number])
         note += (
             f" In {len(high)} of {len(percent)} rounds that was more than {DRIFT_LIMIT:.0%} (round {worst}: "
-            f"{high[worst]:.0f}%): try federation.lora_rule RoLoRA or, with few parties, FedEx-LoRA; fewer local_steps; a lower learning_rate."
+            f"{high[worst]:.0f}%): try federation.lora_rule RoLoRA or, with few parties, FedEx-LoRA; fewer "
+            "local_steps; a lower learning_rate."
         )
     return line_chart(Labels("lora-drift", "Drift of LoRA's factors", "%", note), [Series("drift", percent, "lead")])
 

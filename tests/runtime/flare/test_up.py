@@ -28,6 +28,7 @@ PLAN: dict[str, Any] = {
     "peft.lora_dropout": 0.1,
     "train.local_steps": 60,
 }
+pytestmark = pytest.mark.processes
 LOGS = ("coordinator/site", "site-north", "site-south")
 KILLS = {2: "client job", 3: "server job", 4: "client parent", 5: "server parent"}
 
