@@ -26,8 +26,8 @@ PLAN: dict[str, Any] = {
     "train.local_steps": 5,
     "train.optimizer_state": "reset",
 }
-# East's fault by round, and the code under which the server notes it; None where its update counts all the same.
 pytestmark = pytest.mark.processes
+# East's fault by round, and the code under which the server notes it; None where its update counts all the same.
 BY_ROUND = {1: ("raise", "PARTY_FAILED"), 2: ("nan", "NONFINITE"), 3: ("shape", "PAYLOAD_REFUSED"),
             4: ("twice", None), 5: ("replay", None), 6: ("stuck", "ROUND_TIMEOUT")}  # fmt: skip
 SIZES = {"north": 6, "east": 5, "south": 5}
