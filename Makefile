@@ -25,7 +25,7 @@ demo: setup
 	@$(BIN)/fedllm demo
 
 test: lint type
-	@$(BIN)/python -m pytest -n 2 --dist loadfile -m "not processes" $(PYTEST) || [ $$? -eq 5 ]
+	@$(BIN)/python -m pytest -n 2 --dist worksteal -m "not processes" $(PYTEST) || [ $$? -eq 5 ]
 	@$(BIN)/python -m pytest -m processes $(PYTEST) || [ $$? -eq 5 ]
 
 lint:
