@@ -84,6 +84,10 @@ def test_the_base_alone_has_no_branch() -> None:
     peft = PeftSettings(r=3, target_modules=["q_proj"])
     model, untouched = TunableModel(base("llama"), peft), base("llama")
     model.write(state_of(model))
+    before = logits(model)
+    with model.untuned() as bare, torch.no_grad():
+        assert torch.equal(bare(input_ids=IDS).logits, untouched(input_ids=IDS).logits)
+    assert torch.equal(logits(model), before)
     set_folded(model.model, {})
     with model.model.disable_adapter(), torch.no_grad():
         assert torch.equal(logits(model), untouched(input_ids=IDS).logits)

@@ -138,7 +138,7 @@ class Job(BaseModel):
     @property
     def task(self) -> Task:
         """What the model is tuned to do."""
-        return Task(self.data.task, tuple(self.data.labels or ()))
+        return Task(self.data.task, self.data.label_names)
 
     def table_line(self) -> Scenario:
         """Return the scenario's line in the table of scenarios."""

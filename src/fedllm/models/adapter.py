@@ -11,7 +11,7 @@ import torch
 
 from fedllm.models.adalora import budget, kept_values, penalty
 from fedllm.models.bottleneck import bottlenecks
-from fedllm.models.branch import set_folded
+from fedllm.models.branch import set_folded, without_folded
 from fedllm.models.fresh import first_value, is_drawn
 from fedllm.models.load import model_config
 from fedllm.models.methods import attach
@@ -99,7 +99,7 @@ class TunableModel:
     def untuned(self) -> Iterator[Any]:
         """Yield the bare base model, as it was before it was tuned, for as long as the context lasts."""
         if self.peft.peft_type not in (*OWN_TYPES, *PROMPT_TYPES):
-            with self.model.disable_adapter():
+            with without_folded(self.model), self.model.disable_adapter():
                 yield self.model
             return
         tuned, adapters = self.read(), bottlenecks(self.model)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 _PREFIX = "folded/"
-_HANDLES = "_fedllm_folded"
+_BRANCHES = "_fedllm_folded"
 
 
 def set_folded(model: Any, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -21,16 +22,33 @@ def set_folded(model: Any, tensors: Mapping[str, torch.Tensor]) -> None:
         model: From `peft`, with LoRA on it.
         tensors: `folded/SITE.left` (d, R) and `folded/SITE.right` (R, k) among others; what is not there has no branch.
     """
-    for handle in getattr(model, _HANDLES, ()):
+    for _, handle in getattr(model, _BRANCHES, ()):
         handle.remove()
-    handles = []
+    branches = []
     for name in sorted(tensors):
         if name.startswith(_PREFIX) and name.endswith(".left"):
             site = name.removeprefix(_PREFIX).removesuffix(".left")
             layer = model.get_submodule(site)
             branch = _Branch(layer, tensors[name], tensors[f"{_PREFIX}{site}.right"])
-            handles.append(layer.base_layer.register_forward_hook(branch))
-    setattr(model, _HANDLES, tuple(handles))
+            branches.append((branch, layer.base_layer.register_forward_hook(branch)))
+    setattr(model, _BRANCHES, tuple(branches))
+
+
+@contextmanager
+def without_folded(model: Any) -> Iterator[None]:
+    """Let a model compute with W alone, for as long as the context lasts.
+
+    Args:
+        model: As for `set_folded`.
+    """
+    branches = [branch for branch, _ in getattr(model, _BRANCHES, ())]
+    for branch in branches:
+        branch.active = False
+    try:
+        yield
+    finally:
+        for branch in branches:
+            branch.active = True
 
 
 class _Branch:
@@ -40,8 +58,11 @@ class _Branch:
         device = next(layer.base_layer.parameters()).device
         self._left, self._right = left.detach().to(device, copy=True), right.detach().to(device, copy=True)
         self._scale = float(layer.scaling["default"])
+        self.active = True
 
     def __call__(self, layer: torch.nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        if not self.active:
+            return output
         (x, *_) = args
         if isinstance(layer, torch.nn.Embedding):
             inner = torch.nn.functional.embedding(x, self._right.T)

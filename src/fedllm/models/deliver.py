@@ -126,6 +126,20 @@ def load_adapter(base_model: Any, folder: str | Path) -> Any:
     return tunable.model.requires_grad_(False).eval()
 
 
+def read_adapter(model: TunableModel, folder: Path) -> Tensors:
+    """Return the tensors of a delivered LoRA adapter by parameter name. The model holds them afterwards.
+
+    Args:
+        model: A model with an adapter of the same kind and sizes.
+        folder: Where `save_adapter` wrote it.
+    """
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    set_peft_model_state_dict(model.model, load_file(folder / WEIGHTS))
+    return model.read()
+
+
 def merged(base_model: Any, folder: str | Path) -> Any:
     """Return a plain transformers model that computes what the base model with a delivered adapter computes.
 

@@ -13,12 +13,12 @@ from fedllm.errors import ModelError
 from fedllm.models.bottleneck import add_bottlenecks, bottlenecks
 from fedllm.models.settings import OWN_TYPES, PROMPT_TYPES, PeftSettings
 from fedllm.seeds import global_generators_kept
-from fedllm.tasks import CLASSIFICATION, TaskName
+from fedllm.tasks import CAUSAL_LM, CLASSIFICATION, TaskName
 
 _TASK_TYPES = {"causal_lm": "CAUSAL_LM", "seq2seq_lm": "SEQ_2_SEQ_LM", "sequence_classification": "SEQ_CLS"}
 
 
-def attach(base_model: Any, peft: PeftSettings, task: TaskName = "causal_lm") -> Any:
+def attach(base_model: Any, peft: PeftSettings, task: TaskName = CAUSAL_LM) -> Any:
     """Return the model with what is tuned set to require gradients, and nothing else.
 
     Args:

@@ -16,8 +16,7 @@ from fedllm.evaluate.generation import generate_completions
 from fedllm.evaluate.loss import evaluate_examples
 from fedllm.evaluate.text_metrics import score_texts
 from fedllm.job.job import Job
-from fedllm.models.branch import set_folded
-from fedllm.models.saved import read_adapter
+from fedllm.models.deliver import read_adapter
 from fedllm.runs.folder import attach, run_identity
 from fedllm.runs.plan_files import read_plan
 from fedllm.runtime.delivery import own_adapters
@@ -56,9 +55,7 @@ def judge(site: Site, test: TestSet, tensors: Tensors | None) -> dict[str, Any]:
         tensors: The adapter; None for the bare base model.
     """
     evaluate, tokenizer = site.job.evaluate, site.base.tokenizer
-    if tensors is None:
-        set_folded(site.model.model, {})
-    else:
+    if tensors is not None:
         site.model.write(tensors)
     with site.model.untuned() if tensors is None else nullcontext(site.model.model) as model:
         batch_size = evaluate.per_device_eval_batch_size

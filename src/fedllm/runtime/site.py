@@ -186,6 +186,18 @@ def party_tokens(site: Site, located: LocatedParty) -> TokenData:
     return TokenData(train, held_out, site.common)
 
 
+def _ready(site: Site, rounds: list[int]) -> Ready:
+    return Ready(
+        base_digest=site.base.digest,
+        tokenizer_digest=site.base.tokenizer_digest,
+        template_digest=site.template_digest,
+        common_digest=site.common_digest,
+        manifest=site.model.manifest,
+        versions=versions(),
+        rounds=rounds,
+    )
+
+
 def open_host(
     site: Site,
     name: str,
@@ -206,17 +218,6 @@ def open_host(
         on_step: Called after each optimiser step with (steps done, steps of the round).
     """
     job, line = site.job, site.job.table_line()
-
-    def ready(rounds: list[int]) -> Ready:
-        return Ready(
-            base_digest=site.base.digest,
-            tokenizer_digest=site.base.tokenizer_digest,
-            template_digest=site.template_digest,
-            common_digest=site.common_digest,
-            manifest=site.model.manifest,
-            versions=versions(),
-            rounds=rounds,
-        )
 
     def open_client(log: Log) -> ClientHalf:
         context = ClientContext(
@@ -241,7 +242,7 @@ def open_host(
         job_digest=run.job_digest,
         kinds=line.kinds(),
         open_client=open_client,
-        ready=ready,
+        ready=partial(_ready, site),
         states=run.party_states(name),
         rows=run.party_rows(name),
         blobs=site.blobs,
