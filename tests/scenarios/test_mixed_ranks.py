@@ -175,7 +175,11 @@ def test_what_cannot_be_combined_is_refused_by_name(plan: dict[str, Any], words:
 def test_what_is_about_lora_s_factors_is_refused_for_other_methods(settings: dict[str, Any]) -> None:
     peft: Any = SimpleNamespace(peft_type="IA3", r=8, use_dora=False)
     train = TrainSettings.model_validate({"local_steps": 1, "learning_rate": 0.1, "optimizer_state": "reset"})
-    found = list(clashes(Settings.model_validate({"num_rounds": 2} | settings), train, peft, ["north", "east"]))
+    found = list(
+        clashes(
+            Settings.model_validate({"num_rounds": 2} | settings), train, peft, PrivacySettings(), ["north", "east"]
+        )
+    )
     assert len(found) == 1
     key, what, _ = found[0]
     assert key == f"federation.{next(iter(settings))}" and "IA3 has no" in what

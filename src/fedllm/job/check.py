@@ -147,7 +147,7 @@ def _warmup_within_run(job: Job) -> Iterator[ConfigError]:
 
 
 def _of_the_scenario(job: Job) -> Iterator[ConfigError]:
-    for key, what, fix in job.table_line().clashes(job.federation, job.train, job.peft, job.parties):
+    for key, what, fix in job.table_line().clashes(job.federation, job.train, job.peft, job.privacy, job.parties):
         yield _clash(job, key, what, fix)
 
 

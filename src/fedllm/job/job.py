@@ -22,6 +22,7 @@ from fedllm.job.loading import Origins, load_model
 from fedllm.job.party import NAME_PATTERN, Party
 from fedllm.models.digest import json_digest
 from fedllm.models.settings import ModelSettings, PeftSettings
+from fedllm.privacy.settings import PrivacySettings
 from fedllm.scenarios import SCENARIOS
 from fedllm.scenarios.base import Scenario, ScenarioSettings
 from fedllm.tasks import Task
@@ -64,6 +65,7 @@ class Job(BaseModel):
     peft: PeftSettings = Field(PeftSettings(), description="The tuning method.")
     data: DataSettings = Field(DataSettings(), description="How examples become tokens.")
     train: TrainSettings = Field(description="Local training.")
+    privacy: PrivacySettings = Field(PrivacySettings(), description="What is protected in training.")
     evaluate: EvaluateSettings = Field(EvaluateSettings(), description="Evaluation.")
     runtime: RuntimeSettings = Field(RuntimeSettings(), description="Threads.")
 

@@ -229,6 +229,7 @@ def open_host(
             data=data,
             data_settings=data_settings(job),
             train_settings=job.train,
+            privacy=job.privacy,
             eval_batch_size=job.evaluate.per_device_eval_batch_size,
             trainer=trainer,
             log=log,

@@ -15,6 +15,7 @@ from fedllm.data.tokens import TokenisedExample
 from fedllm.errors import PayloadError
 from fedllm.models.adapter import TunableModel
 from fedllm.models.settings import PeftSettings
+from fedllm.privacy.settings import PrivacySettings
 from fedllm.train.base import LocalTrainer
 from fedllm.train.settings import TrainSettings
 from fedllm.wire.frame import check_finite, check_manifest
@@ -226,6 +227,7 @@ class ClientContext:
     data: TokenData
     data_settings: DataSettings
     train_settings: TrainSettings
+    privacy: PrivacySettings
     eval_batch_size: int
     trainer: LocalTrainer
     log: Log
@@ -259,7 +261,7 @@ class ClientHalf(Protocol):
 class Scenario:
     """One line of the table of scenarios.
 
-    `clashes(settings, train, peft, parties)` yields what cannot be asked together, as (key, what, fix).
+    `clashes(settings, train, peft, privacy, parties)` yields what cannot be asked together, as (key, what, fix).
     `answer(settings, manifest, round, party)` says what a party's answer to a round of training holds, for an adapter
     of these tensors. No round differs from the one two rounds before. `unused(settings)` names requests that a job with
     these settings does not make, and `grown(settings, manifest, round, parties)` says by how many bytes a request is
@@ -272,7 +274,9 @@ class Scenario:
     server: Callable[..., ServerHalf]
     client: Callable[[ClientContext], ClientHalf]
     alone: Callable[[ScenarioSettings], ScenarioSettings]
-    clashes: Callable[[Any, TrainSettings, PeftSettings, Sequence[str]], Iterable[tuple[str, str, str]]]
+    clashes: Callable[
+        [Any, TrainSettings, PeftSettings, PrivacySettings, Sequence[str]], Iterable[tuple[str, str, str]]
+    ]
     answer: Callable[[Any, Manifest, int, str], Manifest]
     who_learns_what: tuple[str, ...]
     unused: Callable[[Any], tuple[type[Payload], ...]] = lambda settings: ()

@@ -11,6 +11,7 @@ from fedllm.aggregate.robust import COORDINATEWISE, RobustSettings
 from fedllm.aggregate.rules import RULES, LoraRule, Rule
 from fedllm.aggregate.server import StrategySettings
 from fedllm.models.settings import PeftSettings
+from fedllm.privacy.settings import PrivacySettings
 from fedllm.scenarios.base import ScenarioSettings
 from fedllm.train.settings import TrainSettings
 from fedllm.wire.codecs import CodecSettings
@@ -81,13 +82,16 @@ def meets_drift(settings: Settings) -> bool:
     return settings.drift_meter and is_plain and not needs_each(settings)
 
 
-def clashes(settings: Settings, train: TrainSettings, peft: PeftSettings, parties: Sequence[str]) -> Iterator[Clash]:
+def clashes(
+    settings: Settings, train: TrainSettings, peft: PeftSettings, privacy: PrivacySettings, parties: Sequence[str]
+) -> Iterator[Clash]:
     """Yield what cannot be asked together, as (key, what, fix).
 
     Args:
         settings: The scenario's.
         train: The job's `train` section.
         peft: Its `peft` section.
+        privacy: Its `privacy` section.
         parties: Its parties.
     """
     if settings.strategy.name == "SCAFFOLD":
