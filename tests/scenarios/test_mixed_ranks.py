@@ -14,6 +14,7 @@ from tiny import TinyFederation
 
 from fedllm.aggregate.slots import slot_axis
 from fedllm.errors import ConfigError
+from fedllm.privacy.settings import PrivacySettings
 from fedllm.runtime.plan import rehearse
 from fedllm.runtime.validate import validate
 from fedllm.scenarios.fedhomollm_settings import Settings, clashes
