@@ -101,7 +101,7 @@ def test_a_yes_signs_what_was_shown(call: Call, federation: TinyFederation, part
         "2 rounds of 2 steps",
         "none: the job gives no differential privacy",
         "SendInitial, Train, Evaluate",
-        *job.table_line().who_learns_what,
+        *job.table_line().who_learns_what(job.federation, job.privacy),
         "holds  max_rounds: asked 2 rounds; allowed any number",
     ]
     assert [words for words in shown if words not in out] == []

@@ -28,9 +28,9 @@ ALL: list[dict[str, Any]] = [
     {"name": "TopK", "density": 0.1},
     {"name": "TopK", "density": 0.01},
     {"name": "RandomK", "density": 0.25},
-    {"name": "Grid", "limit": 1.0, "bits": 8},
-    {"name": "Grid", "limit": 1.0, "bits": 16},
-    {"name": "Grid", "limit": 1.0, "bits": 24},
+    {"name": "Grid", "limit": 8.0, "bits": 8},
+    {"name": "Grid", "limit": 8.0, "bits": 16},
+    {"name": "Grid", "limit": 8.0, "bits": 24},
 ]
 SHAPES = [(7, 13), (1,), (0,), (), (64,), (65, 2)]
 
@@ -135,9 +135,18 @@ def test_values_on_the_grid_add_up_and_those_beyond_its_limit_are_cut_off() -> N
     one = codec(name="Grid", limit=1.0, bits=16)
     tensors = {"w": torch.tensor([0.25, -2.0, 3.0])}
     parts = [one.encode(tensors, seed=1, party=party, number=1)["w#values"].long() for party in ("north", "east")]
-    assert all(abs(int(part[0]) - 0.25 * 32767) <= 1 for part in parts)
+    assert all(int(part[0]) == 0.25 * 2**15 for part in parts)
     assert [part[1:].tolist() for part in parts] == [[-32767, 32767]] * 2
-    assert there_and_back(one, tensors)["w"][1:].tolist() == pytest.approx([-1.0, 1.0])
+    assert there_and_back(one, tensors)["w"][1:].tolist() == pytest.approx([-1.0, 1.0], abs=2**-15)
+
+
+@pytest.mark.parametrize(("limit", "bits"), [(1.0, 8), (0.3, 16), (0.007, 12), (5.0, 24), (1e-6, 16)])
+def test_steps_of_the_grid_are_powers_of_two_and_nothing_passes_the_limit(limit: float, bits: int) -> None:
+    one = codec(name="Grid", limit=limit, bits=bits)
+    found = there_and_back(one, {"w": torch.linspace(-2 * limit, 2 * limit, 999)})["w"].double()
+    step = max(2.0 ** math.ceil(math.log2(limit) - bits + 1), 2.0**-30)
+    assert torch.equal((found / step).round() * step, found)
+    assert limit * (1 - 2.0 ** (2 - bits)) - 2.0**-30 <= float(found.abs().max()) <= limit
 
 
 @pytest.mark.parametrize(

@@ -28,9 +28,7 @@ class Limits(BaseModel):
     require_approval: bool = Field(
         True, description="Between machines: run only jobs that a person approved here with `fedllm approve`."
     )
-    require_secure_aggregation: bool = Field(
-        False, description="Run only jobs with secure aggregation. No job of this version has it."
-    )
+    require_secure_aggregation: bool = Field(False, description="Run only jobs with secure aggregation.")
     max_epsilon: float | None = Field(
         None,
         gt=0,

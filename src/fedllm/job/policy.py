@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 # The requests around a conversation, which every scenario needs. `runtime/base.py` has them; a test compares.
 HANDSHAKE_REQUESTS = ("Hello", "Restore", "Witness")
+# The steps of a secure sum, which a job with secure aggregation needs; `runtime/sum_messages.py` has them.
+SUM_REQUESTS = ("ShowKeys", "SealShares", "TakeShares", "AgreeSum", "OpenSum")
 _ASK_SITE = "or ask the site to change its own limit"
 
 
@@ -51,7 +53,7 @@ def rules(job: Job, party: Party, *, upload: Upload | None = None, baseline: boo
         found += _parties(job, limits)
     if upload is not None:
         found += _upload(upload, limits)
-    return [*found, *_privacy(limits)]
+    return [*found, *_privacy(job, limits)]
 
 
 def check_policy(job: Job, party: Party, *, upload: Upload | None = None, baseline: bool = False) -> list[PolicyError]:
@@ -88,7 +90,8 @@ def check_operation(kind: str, *, job: Job, party: Party) -> None:
     Raises:
         PolicyError: `POLICY_REFUSED`.
     """
-    known = (*_operations(job), *HANDSHAKE_REQUESTS)
+    steps = SUM_REQUESTS if job.privacy.secure_aggregation.enabled else ()
+    known = (*_operations(job), *HANDSHAKE_REQUESTS, *steps)
     if kind not in known:
         rule = Rule("scenario", f"`{kind[:64]}`", f"the requests of {job.scenario}", False, nearest(kind[:64], known))
         raise _error(rule, party)
@@ -156,12 +159,12 @@ def _upload(upload: Upload, limits: Limits) -> Iterator[Rule]:
     yield _at_most("max_upload_bytes", upload.total, limits.max_upload_bytes, "bytes up in the whole run", fix)
 
 
-def _privacy(limits: Limits) -> Iterator[Rule]:
-    # Jobs of this version state neither, so a site that demands one refuses every job.
-    demanded = limits.require_secure_aggregation
+def _privacy(job: Job, limits: Limits) -> Iterator[Rule]:
+    demanded, has = limits.require_secure_aggregation, job.privacy.secure_aggregation.enabled
     shown = "only jobs with secure aggregation" if demanded else "jobs without"
-    fix = "this version has no secure aggregation: the site has to take the demand back, or to stay out"
-    yield Rule("require_secure_aggregation", "no secure aggregation", shown, not demanded, fix)
+    fix = f"set `privacy.secure_aggregation.enabled: true`, {_ASK_SITE}"
+    asked = "secure aggregation" if has else "no secure aggregation"
+    yield Rule("require_secure_aggregation", asked, shown, has or not demanded, fix)
     most = limits.max_epsilon
     shown = "any" if most is None else f"an epsilon of {most:g} at most"
     fix = "this version has no differential privacy: the site has to take the limit back, or to stay out"

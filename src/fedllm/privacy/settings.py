@@ -29,3 +29,7 @@ class PrivacySettings(BaseModel):
     secure_aggregation: SecureAggregationSettings = Field(
         SecureAggregationSettings(), description="Sums of which the server sees no part."
     )
+
+    def without_sums(self) -> PrivacySettings:
+        """Return the settings of a job with one party, who has nobody to hide among."""
+        return self.model_copy(update={"secure_aggregation": SecureAggregationSettings()})

@@ -76,8 +76,8 @@ def max_message_bytes(manifest: Manifest) -> int:
     Args:
         manifest: The adapter's names, dtypes and shapes.
     """
-    # An update, a control variate, and what a meter needs.
-    return 3 * sum(spec.num_bytes for spec in manifest.values()) + 16 * HEADROOM_BYTES
+    # An update, a control variate, and what a meter needs, each value in up to 64 bits.
+    return 6 * sum(spec.num_bytes for spec in manifest.values()) + 16 * HEADROOM_BYTES
 
 
 class Hello(Payload):

@@ -125,6 +125,7 @@ def alone(job: Job, party: str) -> Job:
     # The test set is for the end: a yardstick's rounds are judged by its own held-out data, as the federation's are.
     evaluate = job.evaluate.model_copy(update={"test": None, "max_examples": None})
     changes = {"name": f"{party}-alone", "parties": [party], "federation": federation}
+    changes |= {"privacy": job.privacy.without_sums()}
     changes |= {"train": train, "evaluate": evaluate}
     return job.model_copy(update=changes).located(job.base_dir)
 

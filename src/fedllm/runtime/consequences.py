@@ -98,7 +98,7 @@ def _told(job: Job, located: LocatedParty, facts: Facts, *, upload: Upload, byte
         epsilon=None,
         operations=[name for name in requests if name not in refused],
         operations_refused=list(refused),
-        who_learns_what=job.table_line().who_learns_what,
+        who_learns_what=job.table_line().who_learns_what(job.federation, job.privacy),
         limits=rules(job, located.party, upload=upload),
     )
 

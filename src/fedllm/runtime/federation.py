@@ -10,6 +10,9 @@ from fedllm.aggregate.total import GridSum
 from fedllm.errors import CODES, PayloadError
 from fedllm.runtime.base import HANDSHAKE, SERVER, Link, Timings, max_message_bytes
 from fedllm.runtime.freshness import EPOCH_BITS
+from fedllm.runtime.sum_messages import SUM_KINDS
+from fedllm.runtime.sum_party import SumTerms
+from fedllm.runtime.sum_server import Answers, SecureTotal
 from fedllm.scenarios.base import Decode, Manifests, Reply, Summand, Total, as_it_is, manifest_for
 from fedllm.wire.frame import Frame, Parcel, check_manifest, decode, encode, pack, unpack
 from fedllm.wire.ledger import ByteLedger
@@ -35,9 +38,11 @@ class LinkedFederation:
         timeout_s: float,
         notify: Notify = lambda event, party, round_: None,
     ) -> None:
-        self._link, self._seal, self._kinds = link, link.seal, dict(kinds) | HANDSHAKE
+        self._link, self._seal, self._kinds = link, link.seal, dict(kinds) | HANDSHAKE | SUM_KINDS
         self._job_digest, self._run_id, self._timeout_s = job_digest, run_id, timeout_s
         self._notify = notify
+        # With these terms, what is private to a party is summed securely.
+        self.sums: SumTerms | None = None
         self._sequence = 0
         self._max_bytes = max_message_bytes({})
         self._held_by: dict[str, str] = {}
@@ -64,8 +69,12 @@ class LinkedFederation:
     ) -> Total:
         """Return the weighted sum of the answers and who is in it, nothing else.
 
-        One answer's tensors are read at a time, one by one, wherever they lie.
+        One answer's tensors are read at a time, one by one, wherever they lie. Where the job says so, what is private
+        to a party arrives masked.
         """
+        if self.sums and request.private():
+            sum_ = SecureTotal(self._asked, self.sums, self._job_digest, self._run_id, round_)
+            return self._securely(sum_, request, to, Answers(manifest, decode))
         grid, inside, failures = GridSum(), [], dict[str, str]()
         for party, payload in self._asked(request, round_, to):
             started = time.perf_counter()
@@ -78,15 +87,31 @@ class LinkedFederation:
         order = [party for party in to if party in inside]
         return Total(tuple(order), grid.means(), grid.weight, grid.counts(), failures)
 
-    def _asked(self, request: Payload, round_: int, to: Sequence[str]) -> Iterator[tuple[str, Payload]]:
-        # The tensors are encoded once, however many parties there are.
-        draft = encode(request, self._envelope(round_, SERVER), keep=self._link.keep)
+    def _securely(self, sum_: SecureTotal, request: Payload, to: Sequence[str], answers: Answers) -> Total:
+        started, waited = time.perf_counter(), self.timings.wait
+        try:
+            return sum_.of(request, to, answers)
+        finally:
+            self.timings.aggregate += time.perf_counter() - started - (self.timings.wait - waited)
+
+    def _asked(
+        self, request: Payload | Mapping[str, Payload], round_: int, to: Sequence[str]
+    ) -> Iterator[tuple[str, Payload]]:
+        each = dict.fromkeys(to, request) if isinstance(request, Payload) else request
+        # What is asked of several is encoded once, however many there are.
+        different = {id(payload): payload for payload in each.values()}
+        drafts = {
+            key: encode(payload, self._envelope(round_, SERVER), keep=self._link.keep)
+            for key, payload in different.items()
+        }
         unsent = list(to)
         try:
             # A second pass serves the parties that no longer hold the tensors they were sent by digest.
             while unsent:
                 retry: list[str] = []
-                frames = {party: replace(draft, envelope=self._envelope(round_, party)) for party in unsent}
+                frames = {
+                    party: replace(drafts[id(each[party])], envelope=self._envelope(round_, party)) for party in unsent
+                }
                 self._sequence += 1
                 for party, answer in self._exchange(frames, round_):
                     payload = self._decoded(answer, frames[party].envelope)
@@ -94,7 +119,7 @@ class LinkedFederation:
                         del self._held_by[party]
                         retry.append(party)
                         continue
-                    self._remember(party, frames[party], request, payload)
+                    self._remember(party, frames[party], each[party], payload)
                     try:
                         yield party, payload
                     finally:
@@ -102,7 +127,7 @@ class LinkedFederation:
                             answer.blob.discard()
                 unsent = retry
         finally:
-            for blob in (draft.blob, draft.patch):
+            for blob in (blob for draft in drafts.values() for blob in (draft.blob, draft.patch)):
                 if blob:
                     blob.discard()
 

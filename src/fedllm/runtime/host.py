@@ -14,6 +14,8 @@ from fedllm.runs.checkpoint import Generations
 from fedllm.runs.metrics import RowFile
 from fedllm.runtime.base import HANDSHAKE, SERVER, Done, Hello, Ready, Restore, Seal, Witness, max_message_bytes
 from fedllm.runtime.freshness import Freshness
+from fedllm.runtime.sum_messages import SUM_KINDS, SUM_REQUESTS
+from fedllm.runtime.sum_party import PartySums
 from fedllm.scenarios.base import ClientHalf, Log, Row
 from fedllm.wire.blob import Blob, in_memory
 from fedllm.wire.codecs import Codec
@@ -72,6 +74,7 @@ class PartyHost:
     Tensors of a request may be `room` bytes longer than those that were agreed at the start allow.
     Between machines messages are signed as `seal` says, `fetch` pulls a request's tensors, and `keep` puts an answer's
     where they can be pulled. `codec_down` is that of changes to the tensors that were received before.
+    With `sums`, what is private leaves masked, or not at all.
     """
 
     party: str
@@ -89,6 +92,7 @@ class PartyHost:
     fetch: Callable[[Frame], Blob] | None = None
     room: int = 0
     codec_down: Codec | None = None
+    sums: PartySums | None = None
     client: ClientHalf | None = None
     _rows: list[Row] = field(default_factory=list)
     _last: int = 0
@@ -114,7 +118,7 @@ class PartyHost:
             frame = self._whole(frame)
             self.blobs.keep(frame)
             deadline = time.monotonic() + timeout_s
-            payload = self._answer(decode(frame, dict(self.kinds) | HANDSHAKE), frame.envelope.round, deadline)
+            payload = self._answer(decode(frame, dict(self.kinds) | HANDSHAKE | SUM_KINDS), frame, deadline)
         except FedllmError as error:
             self._note_refusal(error, frame.envelope.round)
             payload = Failure(code=error.code)
@@ -171,7 +175,8 @@ class PartyHost:
         if (envelope.job_digest, envelope.run_id, envelope.sender, envelope.recipient) != expected:
             raise PayloadError("PAYLOAD_REFUSED", "the message belongs to another job, run or party", where=self.party)
 
-    def _answer(self, request: Payload, round_: int, deadline: float) -> Payload:
+    def _answer(self, request: Payload, frame: Frame, deadline: float) -> Payload:
+        round_ = frame.envelope.round
         match request:
             case Hello():
                 self.blobs.forget()
@@ -183,10 +188,16 @@ class PartyHost:
                 return self.guard.witness(request, round_=round_) if self.guard else Witness(heads={})
         if self.client is None:
             raise PayloadError("PAYLOAD_REFUSED", "a request before the handshake", where=self.party)
+        if self.sums and isinstance(request, SUM_REQUESTS):
+            return self.sums.answer(request, round_)
+        what = request.private() if self.sums else ""
+        if self.sums and what:
+            self.sums.check_ready(what, frame)
         try:
-            return (self._commit if request.commits else self._handle)(request, round_, deadline)
+            answer = (self._commit if request.commits else self._handle)(request, round_, deadline)
         finally:
             self._write_rows()
+        return self.sums.masked(answer) if self.sums and what else answer
 
     def _handle(self, request: Payload, round_: int, deadline: float) -> Payload:
         assert self.client is not None  # noqa: S101

@@ -10,6 +10,7 @@ from fedllm.runtime.base import Link, Wanted
 from fedllm.runtime.host import PartyHost
 from fedllm.runtime.party_data import check_data_unchanged
 from fedllm.runtime.site import Site, open_host
+from fedllm.runtime.sum_keys import SignaturesOf, local_signatures, make_sum_keys, sums_of
 from fedllm.scenarios.base import TokenData
 from fedllm.train.base import LocalTrainer
 from fedllm.train.supervised import SupervisedTrainer
@@ -53,6 +54,7 @@ def local_hosts(
     *,
     trainer: LocalTrainer | None = None,
     on_step: Callable[[str, int, int], None] = lambda party, step, num_steps: None,
+    signatures: SignaturesOf | None = None,
 ) -> dict[str, PartyHost]:
     """Return the hosts of parties in this process, by name.
 
@@ -62,12 +64,18 @@ def local_hosts(
         run: The run folder.
         trainer: The local trainer; supervised by default.
         on_step: Called after each step of a party's training.
+        signatures: How parties sign in secure sums; by default with keys that are made for the run.
     """
     trainer = trainer or SupervisedTrainer()
     for party, tokens in data.items():
         run.hold_party(party)
         check_data_unchanged(run, party, tokens)
-    return {
+    hosts = {
         party: open_host(site, party, data[party], run=run, trainer=trainer, on_step=partial(on_step, party))
         for party in data
     }
+    if signatures is None:
+        make_sum_keys(site.job, run)
+    for party, host in hosts.items():
+        host.sums = sums_of(site.job, run, party, signatures or partial(local_signatures, run))
+    return hosts

@@ -24,6 +24,7 @@ from fedllm.runtime.driver import Driver
 from fedllm.runtime.federation import LinkedFederation
 from fedllm.runtime.local import InProcessLink, local_hosts
 from fedllm.runtime.site import Site, open_site, party_tokens
+from fedllm.runtime.sum_keys import terms_of
 from fedllm.runtime.validate import Facts
 from fedllm.scenarios.base import TokenData
 from fedllm.train.base import TrainSums, TrainTask
@@ -76,7 +77,7 @@ def make_plan(job: Job, parties: list[LocatedParty], facts: Facts) -> Plan:
         seconds_total=probe.seconds_total,
         peak_memory_bytes=probe.peak_bytes + others,
         party_memory_bytes=per_party,
-        who_learns_what=job.table_line().who_learns_what,
+        who_learns_what=job.table_line().who_learns_what(job.federation, job.privacy),
     )
 
 
@@ -244,6 +245,7 @@ def _talk(job: Job, facts: Facts, run: RunFolder) -> ByteLedger:
     federation = LinkedFederation(
         link, kinds=line.kinds(), job_digest=run.job_digest, run_id=run.run_id, timeout_s=job.federation.round_timeout
     )
+    federation.sums = terms_of(job)
     server = line.server(job.federation, seed=job.seed, common=job.evaluate.test is not None)
     Driver(run, federation, server, job.federation.num_rounds).drive()
     return federation.ledger
@@ -269,7 +271,8 @@ def _probe(site: Site, data: dict[str, TokenData]) -> _Probe:
         tried = {name: tokens for name, tokens in data.items() if name == max(data, key=lambda n: len(data[n].train))}
         steps = job.train.model_copy(update={"local_steps": _PROBE_STEPS, "local_epochs": None})
         federation = job.federation.model_copy(update={"num_rounds": 1, "min_parties": 1})
-        short = job.model_copy(update={"train": steps, "federation": federation}).located(job.base_dir)
+        alone = {"train": steps, "federation": federation, "privacy": job.privacy.without_sums()}
+        short = job.model_copy(update=alone).located(job.base_dir)
         trainer = _Timed()
         probe_site = Site(**{**vars(site), "job": short})
         link = InProcessLink(local_hosts(probe_site, tried, run, trainer=trainer))

@@ -28,6 +28,7 @@ from fedllm.runtime.guard import Auditor
 from fedllm.runtime.local import InProcessLink, local_hosts
 from fedllm.runtime.party_data import party_facts
 from fedllm.runtime.site import Site, base_folder, open_site, party_tokens
+from fedllm.runtime.sum_keys import make_sum_keys, terms_of
 from fedllm.runtime.validate import upload_limits, validate
 from fedllm.scenarios.base import ServerHalf, TokenData
 from fedllm.train.base import LocalTrainer
@@ -182,6 +183,7 @@ def _run(
     if loaded is None:
         from fedllm.runtime.workers import WorkerLink
 
+        make_sum_keys(job, run)
         return carry_out(run, job, parties, WorkerLink(parties, run, num_workers=num_workers), watch=watch)
     hosts = local_hosts(loaded.site, loaded.data, run, trainer=loaded.trainer, on_step=(watch or Watch()).on_step)
     return carry_out(run, job, parties, InProcessLink(hosts), watch=watch)
@@ -236,6 +238,7 @@ def drive(
         timeout_s=job.federation.round_timeout,
         notify=watch.on_party,
     )
+    federation.sums = terms_of(job)
     if link.seal:
         federation.start_at(run.next_epoch())
     server: ServerHalf = line.server(job.federation, seed=job.seed, common=job.evaluate.test is not None)

@@ -262,6 +262,7 @@ class Scenario:
     """One line of the table of scenarios.
 
     `clashes(settings, train, peft, privacy, parties)` yields what cannot be asked together, as (key, what, fix).
+    `who_learns_what(settings, privacy)` says it in sentences.
     `answer(settings, manifest, round, party)` says what a party's answer to a round of training holds, for an adapter
     of these tensors. No round differs from the one two rounds before. `unused(settings)` names requests that a job with
     these settings does not make, and `grown(settings, manifest, round, parties)` says by how many bytes a request is
@@ -278,7 +279,7 @@ class Scenario:
         [Any, TrainSettings, PeftSettings, PrivacySettings, Sequence[str]], Iterable[tuple[str, str, str]]
     ]
     answer: Callable[[Any, Manifest, int, str], Manifest]
-    who_learns_what: tuple[str, ...]
+    who_learns_what: Callable[[Any, PrivacySettings], tuple[str, ...]]
     unused: Callable[[Any], tuple[type[Payload], ...]] = lambda settings: ()
     grown: Callable[[Any, Manifest, int, Sequence[str]], int] = lambda settings, manifest, round_, parties: 0
 

@@ -57,6 +57,7 @@ from fedllm.scenarios.fedhomollm_messages import (
 )
 from fedllm.scenarios.fedhomollm_rows import loss_rows, loss_sums, rows_of, train_rows
 from fedllm.scenarios.fedhomollm_settings import Settings, clashes, needs_each, rule_of
+from fedllm.scenarios.fedhomollm_trust import who_learns_what
 from fedllm.seeds import stream
 from fedllm.wire.codecs import CodecSettings
 from fedllm.wire.patch import DownSettings
@@ -315,12 +316,5 @@ SCENARIO = Scenario(
     alone=alone,
     clashes=clashes,
     answer=answer,
-    who_learns_what=(
-        "The server sees each party's update (no secure aggregation yet), with SCAFFOLD also its control variate and "
-        "with the drift meter a random projection of its adapter, the sums of losses and counts, and the global "
-        "adapter.",
-        "Each party sees the global adapter after every round; never another party's update or data. With FedSA-LoRA "
-        "factor B stays at its party, and neither the server nor another party ever sees it.",
-        "Rows, prompts and completions never leave a party. Updates can leak something of them: see the threat model.",
-    ),
+    who_learns_what=who_learns_what,
 )

@@ -25,6 +25,7 @@ from fedllm.scenarios.fedhomollm_messages import (
     select,
 )
 from fedllm.scenarios.fedhomollm_settings import meets_drift, rule_of
+from fedllm.tasks import CLASSIFICATION
 from fedllm.train.base import TrainTask
 from fedllm.train.corrections import Correction, control_variate, decoupled_proximal, next_control, proximal
 from fedllm.train.optimizer import learning_rates, load_optimizer_tensors, make_optimizer, optimizer_tensors
@@ -55,6 +56,7 @@ class Client:
         self._steps = settings.local_steps or math.ceil(
             (settings.local_epochs or 0) * self._order.steps_per_epoch / settings.gradient_accumulation_steps
         )
+        self._check_weight()
         self._learning_rate = learning_rates(settings, total_steps=self._steps * context.settings.num_rounds)
 
     def handle(self, request: Payload, *, round_: int, deadline: float) -> Payload:
@@ -197,6 +199,17 @@ class Client:
             return sum(example.num_targets for example in self._c.data.train)
         return len(self._c.data.train) if weight_by == "examples" else 1
 
+    def _check_weight(self) -> None:
+        """Find at the start what would be found when a round is trained."""
+        secure, settings = self._c.privacy.secure_aggregation, self._c.settings
+        if secure.enabled and settings.weight_by != "equal" and self._weight() > secure.max_weight:
+            raise PayloadError(
+                "SUM_OVERFLOW",
+                f"the party's weight by {settings.weight_by} is above max_weight, {secure.max_weight}",
+                where=f"party {self._c.party}",
+                fix="raise `privacy.secure_aggregation.max_weight`, or set `federation.weight_by: equal`",
+            )
+
     def _evaluate(self, request: Evaluate, number: int) -> Summand:
         c = self._c
         own = self._kept.part("own", was_counted=self._was_counted(request.counted))
@@ -206,7 +219,7 @@ class Client:
         if sums.tokens:
             c.log(number, request.split, sums.values())
         counts = {"nll_nats": sums.nll_nats, "tokens": sums.tokens, "bytes": sums.bytes, "examples": sums.examples}
-        if sums.choices:
+        if c.data_settings.task == CLASSIFICATION:
             counts |= {"choices": sums.choices, "correct": sums.correct}
         return Summand(weight=1, counts={name: float(value) for name, value in counts.items()}, tensors={})
 

@@ -36,6 +36,10 @@ class Train(Payload):
     counted: dict[str, int] = Field(default_factory=dict)
     best: int | None = None
 
+    def private(self) -> str:
+        """Return what is summed; see `Payload`."""
+        return "update"
+
 
 class Evaluate(Payload):
     """Server -> parties: the loss of this adapter on one split; `counted` as in `Train`."""
@@ -43,6 +47,10 @@ class Evaluate(Payload):
     adapter: TensorMap
     split: Split
     counted: dict[str, int] = Field(default_factory=dict)
+
+    def private(self) -> str:
+        """Return what is summed. Of a common model and the common test set nothing is anyone's own."""
+        return self.split if self.split == "held_out" or self.counted else ""
 
 
 class Deliver(Payload):

@@ -39,7 +39,9 @@ class CodecSettings(BaseModel):
     block_size: int | None = Field(None, ge=8, le=4096, description="int8, int4: values that share a scale, 64.")
     density: float | None = Field(None, gt=0, le=1, description="TopK, RandomK: share of the values that is sent, 0.1.")
     bits: int | None = Field(None, ge=4, le=24, description="Grid: bits of a value, 16.")
-    limit: float | None = Field(None, gt=0, description="Grid: the largest magnitude; what is beyond is cut off.")
+    limit: float | None = Field(
+        None, gt=0, description="Grid: the largest magnitude, best a power of 2; what is beyond is cut."
+    )
     error_feedback: bool | None = Field(None, description="Whether a party adds what was lost to its next update: no.")
 
     @model_validator(mode="before")
@@ -289,7 +291,9 @@ def _grid_most(settings: CodecSettings) -> int:
 
 
 def _grid_step(settings: CodecSettings) -> float:
-    return (settings.limit or 1.0) / _grid_most(settings)
+    # A power of two: then its multiples are exact, in sums too. No finer than what sums are rounded to.
+    exact = (settings.limit or 1.0) / (_grid_most(settings) + 1)
+    return float(2.0 ** max(math.ceil(math.log2(exact)), -30))
 
 
 def _grid_parts(size: int, settings: CodecSettings) -> Manifest:
@@ -298,14 +302,17 @@ def _grid_parts(size: int, settings: CodecSettings) -> Manifest:
 
 
 def _grid_encode(flat: torch.Tensor, settings: CodecSettings, draws: _Draws) -> Parts:
-    most = _grid_most(settings)
+    step = _grid_step(settings)
+    most = min(_grid_most(settings), math.floor((settings.limit or 1.0) / step))
     # 24 bits and a part of one are more than a float32 holds.
-    counts = _rounded(flat.double() / _grid_step(settings), draws).clamp(-most, most)
+    counts = _rounded(flat.double() / step, draws).clamp(-most, most)
     return {"values": counts.to(getattr(torch, _grid_parts(len(flat), settings)["values"].dtype))}
 
 
 def _grid_decode(parts: Parts, size: int, settings: CodecSettings, draws: _Draws) -> torch.Tensor:
-    return parts["values"].float() * _grid_step(settings)
+    # Counts that are a sum already come in float64.
+    values = parts["values"]
+    return (values if values.dtype == torch.float64 else values.float()) * _grid_step(settings)
 
 
 _FORMS = {

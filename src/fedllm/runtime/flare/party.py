@@ -23,7 +23,7 @@ from fedllm.runtime.base import SERVER, Seal
 from fedllm.runtime.flare.desk import Answers, Desk
 from fedllm.runtime.flare.lines import PartyLines
 from fedllm.runtime.flare.pieces import asker
-from fedllm.runtime.flare.seal import seal_of
+from fedllm.runtime.flare.seal import seal_of, sum_signatures
 from fedllm.runtime.freshness import Freshness
 from fedllm.runtime.guard import Guard
 from fedllm.runtime.host import PartyHost
@@ -131,7 +131,8 @@ def _opened(kit: Kit, seal: Seal, asked: dict[str, Any], run_id: str, desk: Desk
         desk.say("training", step, num_steps)
 
     try:
-        host = local_hosts(loaded, {kit.name: party_tokens(loaded, located)}, run, on_step=on_step)[kit.name]
+        data, signatures = {kit.name: party_tokens(loaded, located)}, sum_signatures(kit)
+        host = local_hosts(loaded, data, run, on_step=on_step, signatures=lambda _: signatures)[kit.name]
         own = run.path / "parties" / kit.name
         spool, fresh = Spool(own / "spool"), Freshness(own / "epoch.json")
         log = AuditLog.open(site / AUDIT_FILE, actor=kit.name)

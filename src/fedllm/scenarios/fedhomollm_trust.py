@@ -1,0 +1,39 @@
+"""Who learns what in FedHomoLLM, in sentences that a security officer can hold a job to."""
+
+from __future__ import annotations
+
+from fedllm.privacy.settings import PrivacySettings
+from fedllm.scenarios.fedhomollm_settings import Settings, meets_drift, rule_of
+
+
+def who_learns_what(settings: Settings, privacy: PrivacySettings) -> tuple[str, ...]:
+    """Return it for one job.
+
+    Args:
+        settings: The scenario's.
+        privacy: The job's `privacy` section.
+    """
+    beside = ", and its control variate" if settings.strategy.name == "SCAFFOLD" else ""
+    beside += ", and a random projection of its adapter" if meets_drift(settings) else ""
+    own = " Factor B stays at its party, and neither the server nor another party ever sees it."
+    return (
+        _server(privacy, beside),
+        "Each party sees the global adapter after every round; never another party's update or data."
+        + (own if rule_of(settings).keeps_state else ""),
+        "Rows, prompts and completions never leave a party. "
+        + ("What is summed" if privacy.secure_aggregation.enabled else "Updates")
+        + " can leak something of them: see the threat model.",
+    )
+
+
+def _server(privacy: PrivacySettings, beside: str) -> str:
+    if not privacy.secure_aggregation.enabled:
+        return (
+            f"The server sees each party's update{beside}, its losses and counts, and the global adapter "
+            "(no secure aggregation)."
+        )
+    return (
+        f"The server sees the weighted sum of the parties' updates{beside.replace('its', 'their')}, the sums of losses "
+        "and counts, who is in each sum, and the global adapter; of no party anything by itself, as long as more than "
+        "a third of those who began a sum do not work together with it."
+    )
