@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from fedllm.errors import PayloadError
+from fedllm.errors import PayloadError, RunPaused
 from fedllm.privacy.secure_sum import Combiner, Opening
 from fedllm.runtime.sum_messages import (
     AgreeSum,
@@ -70,6 +70,14 @@ class SecureTotal:
         Raises:
             RunPaused: `SUM_ABORTED`: too few parties stayed; nothing was opened.
         """
+        try:
+            return self._summed(request, to, answers)
+        except RunPaused as error:
+            failed = ", ".join(f"{party}: {code}" for party, code in sorted(self.failures.items()))
+            what = f"{error.what} ({failed})" if failed else error.what
+            raise RunPaused(error.code, what, where=f"round {self.round_}", fix=error.fix) from None
+
+    def _summed(self, request: Payload, to: Sequence[str], answers: Answers) -> Total:
         what = request.private()
         sum_ = Combiner(context_of(self.job_digest, self.run_id, self.round_, what), self.terms.least)
         taken = self._begin(sum_, what, to)

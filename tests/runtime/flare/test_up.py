@@ -67,8 +67,12 @@ def wait_until_none(found: Callable[[], list[Any]], *, seconds: float = 10) -> b
 
 @pytest.mark.timeout(200)
 def test_an_interrupted_run_ends_its_processes_and_goes_on_at_the_next_call(make_federation: Make) -> None:
-    federation = make_federation(sizes={"north": 6, "south": 5}, job=PLAN | {"federation.num_rounds": 15})
-    expected = federation.run("unbroken").adapter_sha256
+    # Sums are secure here: each site signs with the key of its kit, and of three none may be missing.
+    plan = PLAN | {"federation.num_rounds": 15, "federation.codec": {"name": "Grid", "limit": 0.5}}
+    sizes = {"north": 6, "south": 5, "east": 4}
+    expected = make_federation("open", sizes=sizes, job=plan).run("unbroken").adapter_sha256
+    secure = {"privacy.secure_aggregation": {"enabled": True}}
+    federation = make_federation(sizes=sizes, job=plan | secure)
     with deployed(federation.job_file, federation.folder / "up") as up:
         up.wait_for(lambda: (1, "begin") in up.journal())
         # Processes of a machine meet where only their user can enter.
@@ -85,6 +89,9 @@ def test_an_interrupted_run_ends_its_processes_and_goes_on_at_the_next_call(make
         assert again.end() == 0
         assert again.verdict()["adapter_sha256"] == expected
         assert again.journal()[: len(before)] == before
+        noted = [entry for _, _, entry in read_log(again.root / "site-east" / "audit.jsonl") if entry]
+        kinds = {entry.kind for entry in noted if entry.event == "operation"}
+        assert "Masked" in kinds and "Summand" not in kinds
 
 
 @pytest.mark.timeout(280)

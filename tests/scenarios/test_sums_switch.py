@@ -6,10 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from rounds import broken_and_resumed, check_the_plan
+from rounds import check_the_plan
 from tiny import TinyFederation
-
-from fedllm.errors import ConfigError
 
 Make = Callable[..., TinyFederation]
 SECURE = {"privacy.secure_aggregation": {"enabled": True}}
@@ -42,3 +40,13 @@ def test_a_run_has_the_same_bits_with_secure_sums_and_without(case: str, make_fe
         rows = [row for row in result.rows() if not row["name"].startswith(("seconds", "bytes"))]
         found[name] = result.status, result.adapter_sha256, rows
     assert found["plain"] == found["secure"]
+
+
+def test_the_plan_foretells_the_bytes_of_secure_sums(make_federation: Make) -> None:
+    check_the_plan(make_federation(sizes=SIZES, job=PLAN | GRID | SECURE))
+
+
+def test_the_plan_says_what_the_server_sees(make_federation: Make) -> None:
+    for changes, words in (({}, "each party's update"), (SECURE, "weighted sum of the parties' updates")):
+        job = make_federation(str(len(words)), sizes=SIZES, job=changes).job()
+        assert words in job.table_line().who_learns_what(job.federation, job.privacy)[0]
