@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
 # Flower 1.42.0 asks for a release of certifi that may not be there yet; 1.41.0 takes as long a round.
-REQUIREMENTS = {"flare": ["nvflare==2.9.*", "numpy"], "flower": ["flwr==1.41.0", "numpy"]}
-SHOWN = {"flare": "nvflare", "flower": "flwr"}
+REQUIREMENTS = {
+    "flare": ["nvflare==2.9.*", "numpy"],
+    "flower": ["flwr==1.41.0", "numpy"],
+    "tenseal": ["tenseal==0.3.*", "numpy"],
+}
+SHOWN = {"flare": "nvflare", "flower": "flwr", "tenseal": "tenseal"}
 
 
-def make_environments(folder: Path) -> None:
+def make_environments(folder: Path, names: Sequence[str] = ("flare", "flower")) -> None:
     """Make the engines' virtual environments; pip's own settings say where packages come from.
 
     Args:
         folder: Where they go; an environment that stands there already is completed, not made anew.
+        names: Of which engines.
     """
     # FLARE's FedAvg recipe for models of many tensors is the one for PyTorch: the same release as this environment's.
     torch = f"torch=={version('torch').split('+')[0]}"
-    for name, wanted in REQUIREMENTS.items():
+    for name in names:
+        wanted = REQUIREMENTS[name]
         packages = [*wanted, torch] if name == "flare" else wanted
         print(f"{folder / name}: {', '.join(packages)}", flush=True)
         if not python_of(folder, name).exists():

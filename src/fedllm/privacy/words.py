@@ -46,7 +46,9 @@ class Width:
             words: From `Words`.
         """
         if self.num_bytes == 3:
-            return torch.from_numpy(words.view(np.uint8).reshape(-1, 4)[:, :3].copy())
+            narrow = np.empty((len(words), 3), np.uint8)
+            _copy_bytes(words.view(np.uint8).reshape(-1, 4), narrow)
+            return torch.from_numpy(narrow)
         return torch.from_numpy(words.view(np.int32 if self.num_bytes == 4 else np.int64))
 
     def unpacked(self, tensor: torch.Tensor) -> np.ndarray:
@@ -59,7 +61,7 @@ class Width:
         if self.num_bytes != 3:
             return np.array(found.view(self.dtype))
         wide = np.zeros((len(found), 4), np.uint8)
-        wide[:, :3] = found
+        _copy_bytes(found, wide)
         return wide.reshape(-1).view(np.uint32)
 
     def signed(self, words: np.ndarray) -> np.ndarray:
@@ -71,6 +73,12 @@ class Width:
         if self.num_bytes == 3:
             return ((words << np.uint32(8)).view(np.int32) >> 8).astype(np.int64)
         return words.view(np.int32 if self.num_bytes == 4 else np.int64).astype(np.int64)
+
+
+def _copy_bytes(source: np.ndarray, target: np.ndarray) -> None:
+    # Byte by byte: several times faster than three at a time.
+    for place in range(3):
+        target[:, place] = source[:, place]
 
 
 def width_of(spec: TensorSpec, *, parties: int, max_weight: int) -> Width:

@@ -13,7 +13,7 @@ from fedllm.runs.jsonl import write_json
 Wanted = Literal["run", "pause", "stop"]
 
 # A run that paused for one of these is taken up again by itself; all else waits for `fedllm resume`.
-PASSES = frozenset({"INTERRUPTED", "PARTY_LOST", "ROUND_TIMEOUT", "QUORUM"})
+PASSES = frozenset({"INTERRUPTED", "PARTY_LOST", "ROUND_TIMEOUT", "QUORUM", "SUM_ABORTED"})
 CONTROL = "control.json"
 # In the state folder of a site: held as long as `fedllm serve` or `join` runs there.
 SUPERVISOR_LOCK = ".supervisor"

@@ -194,10 +194,11 @@ class Client:
         )
 
     def _weight(self) -> int:
-        weight_by = self._c.settings.weight_by
-        if weight_by == "tokens":
-            return sum(example.num_targets for example in self._c.data.train)
-        return len(self._c.data.train) if weight_by == "examples" else 1
+        weight_by, examples = self._c.settings.weight_by, self._c.data.train
+        if weight_by == "equal":
+            return 1
+        size = len(examples) if weight_by == "examples" else sum(example.num_targets for example in examples)
+        return -(-size // self._c.settings.weight_unit)
 
     def _check_weight(self) -> None:
         """Find at the start what would be found when a round is trained."""
@@ -207,7 +208,7 @@ class Client:
                 "SUM_OVERFLOW",
                 f"the party's weight by {settings.weight_by} is above max_weight, {secure.max_weight}",
                 where=f"party {self._c.party}",
-                fix="raise `privacy.secure_aggregation.max_weight`, or set `federation.weight_by: equal`",
+                fix="raise `federation.weight_unit` or `max_weight`, or set `federation.weight_by: equal`",
             )
 
     def _evaluate(self, request: Evaluate, number: int) -> Summand:

@@ -44,6 +44,9 @@ class Settings(ScenarioSettings):
     weight_by: Literal["examples", "tokens", "equal"] = Field(
         "examples", description="A party's weight in the mean: its training examples, its target tokens, or 1."
     )
+    weight_unit: int = Field(
+        1, ge=1, description="How many examples or tokens count as 1 in a weight, which is rounded up."
+    )
     eval_every: int = Field(1, ge=0, description="Evaluate the global adapter every so many rounds; 0 = never.")
     keep: Literal["best", "last"] = Field(
         "best", description="Deliver the round of lowest held-out loss (where held-out data exist), or the last."
