@@ -65,7 +65,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]] = {
     "require_secure_aggregation": (
         {"require_secure_aggregation": True},
         {"require_secure_aggregation": False},
-        ("no secure aggregation", "this version"),
+        ("no secure aggregation", "privacy.secure_aggregation.enabled"),
     ),
     "max_epsilon": ({"max_epsilon": 8.0}, {"max_epsilon": None}, ("without differential privacy", "8")),
 }
