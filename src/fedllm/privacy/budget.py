@@ -9,9 +9,10 @@ from pathlib import Path
 
 from fedllm.disk import write_atomic
 from fedllm.errors import BudgetExhausted, StateLost
-from fedllm.privacy.accountant import AccountantName, Mechanism, epsilon_of
+from fedllm.privacy.accountant import Mechanism, epsilon_of
 from fedllm.privacy.ledger import Charge, Ledger, spent_on
 from fedllm.privacy.noise import NoiseStream, key_name, noise_key
+from fedllm.privacy.terms import Terms
 
 # Sums of epsilons are compared up to the rounding of the accountant's own tables.
 _SLACK = 1e-9
@@ -23,27 +24,6 @@ class Purse:
 
     folder: Path
     max_epsilon: float | None = None
-
-
-@dataclass(frozen=True)
-class Terms:
-    """What a job asks of a party's data.
-
-    Args:
-        unit: Whose traces are hidden.
-        data: Digest of the training examples.
-        round: The noisy sums of one round.
-        delta: Chance that epsilon does not hold.
-        accountant: Who adds up.
-        epsilon: The most that this run may spend; None is no limit.
-    """
-
-    unit: str
-    data: str
-    round: Mechanism
-    delta: float
-    accountant: AccountantName
-    epsilon: float | None
 
 
 class Budget:

@@ -1,7 +1,8 @@
-"""The job's `privacy.differential_privacy` section: whose traces noise hides, how much of it, and who counts."""
+"""The job's `privacy.differential_privacy` section: whose traces noise hides, and how well."""
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -21,7 +22,6 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "none": {},
     "example": _NOISE,
     "group": {**_NOISE, "group_by": None},
-    "party": {**_NOISE, "adaptive_clip": False},
 }
 # Above this the promise is that someone is exposed.
 _LARGEST_DELTA = 0.01
@@ -32,9 +32,8 @@ class DifferentialPrivacySettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
-    unit: Literal["none", "example", "group", "party"] = Field(
-        "none",
-        description="What is hidden: nothing, an example, all examples of a person (group), or a party as a whole.",
+    unit: Literal["none", "example", "group"] = Field(
+        "none", description="What is hidden: nothing, an example, or all examples of a person (group)."
     )
     epsilon: float | None = Field(
         None, gt=0, description="The bound of the whole run; the noise follows. Give this or noise_multiplier."
@@ -45,25 +44,16 @@ class DifferentialPrivacySettings(BaseModel):
     delta: float | None = Field(
         None, gt=0, le=_LARGEST_DELTA, description="Chance that epsilon does not hold, 1e-5; well below 1/examples."
     )
-    clip_norm: float | None = Field(
-        None, gt=0, description="Largest norm of what one unit adds to a sum, 1; with adaptive_clip, at the start 0.1."
-    )
+    clip_norm: float | None = Field(None, gt=0, description="Largest norm of what one unit adds to a sum, 1.")
     accountant: AccountantName | None = Field(
         None, description="How the loss is added up: PLD, which is tight, or RDP, which is quick and above it."
     )
     group_by: str | None = Field(None, min_length=1, description="group: the column that names the person.")
-    adaptive_clip: bool | None = Field(
-        None, description="party: let the clip norm follow the median norm of the updates: no."
-    )
 
     @model_validator(mode="before")
     @classmethod
     def _settings_of_the_unit(cls, values: Any) -> Any:
-        found = with_own(values, cls.model_fields, key="unit", default="none", variants=_DEFAULTS)
-        given = isinstance(values, dict) and values.get("clip_norm") is not None
-        if isinstance(found, dict) and found.get("adaptive_clip") is True and not given:
-            return {**found, "clip_norm": 0.1}
-        return found
+        return with_own(values, cls.model_fields, key="unit", default="none", variants=_DEFAULTS)
 
     @model_validator(mode="after")
     def _noise_is_given_once(self) -> DifferentialPrivacySettings:
@@ -75,6 +65,13 @@ class DifferentialPrivacySettings(BaseModel):
         if self.unit == "group" and self.group_by is None:
             raise ValueError("unit group needs group_by, the column of the data that names the person; set it")
         return self
+
+    @property
+    def limits(self) -> tuple[float, float, AccountantName]:
+        """The epsilon (infinite where the noise is given), delta, and who adds up, of a unit that is hidden."""
+        if self.delta is None or self.accountant is None:
+            raise ValueError("nothing is hidden, so there is no delta")
+        return math.inf if self.epsilon is None else self.epsilon, self.delta, self.accountant
 
     @property
     def is_local(self) -> bool:

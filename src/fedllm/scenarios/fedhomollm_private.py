@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 
 import torch
 
 from fedllm.data.tokens import TokenisedExample
-from fedllm.errors import ConfigError
-from fedllm.privacy.accountant import Mechanism, noise_for
-from fedllm.privacy.budget import Budget, Terms
+from fedllm.privacy.budget import Budget
 from fedllm.privacy.differential import DifferentialPrivacySettings
 from fedllm.privacy.ledger import data_digest
 from fedllm.privacy.rounds import PrivateRound
+from fedllm.privacy.terms import Terms, run_mechanism
 from fedllm.scenarios.base import ClientContext
 
 # A party's own, so that a sum over the parties holds each by itself.
@@ -46,17 +46,17 @@ class PrivateTraining:
     @cached_property
     def terms(self) -> Terms:
         """What the job asks of this party's data, with the noise that keeps the whole run within its epsilon."""
-        asked, train = self._settings, self._c.train_settings
-        assert asked.delta is not None and asked.accountant is not None  # noqa: S101
-        expected = train.per_device_train_batch_size * train.gradient_accumulation_steps
-        rate = min(1.0, expected / len(self._units))
-        noise = asked.noise_multiplier
-        if noise is None:
-            steps = self._num_steps * self._c.settings.num_rounds
-            noise = _noise(asked, rate, steps, self._c.party)
-        mechanism = Mechanism(rate, noise, self._num_steps)
-        digest = data_digest(self._c.data.train)
-        return Terms(asked.unit, digest, mechanism, asked.delta, asked.accountant, asked.epsilon)
+        asked, train, data = self._settings, self._c.train_settings, self._c.data.train
+        run = run_mechanism(
+            asked,
+            num_units=len(self._units),
+            expected_units=train.per_device_train_batch_size * train.gradient_accumulation_steps,
+            steps=self._num_steps * self._c.settings.num_rounds,
+            party=self._c.party,
+        )
+        _, delta, accountant = asked.limits
+        in_round = replace(run, steps=self._num_steps)
+        return Terms(asked.unit, data_digest(data), in_round, delta, accountant, asked.epsilon)
 
     def open(self, number: int, *inputs: Mapping[str, torch.Tensor]) -> PrivateRound:
         """Return the terms of a round's training, after it has been paid for.
@@ -102,16 +102,6 @@ def units_of(examples: Sequence[TokenisedExample], settings: DifferentialPrivacy
     for index, example in enumerate(examples):
         groups.setdefault(example.group, []).append(index)
     return [tuple(members) for members in groups.values()]
-
-
-def _noise(asked: DifferentialPrivacySettings, rate: float, steps: int, party: str) -> float:
-    assert asked.epsilon is not None and asked.delta is not None and asked.accountant is not None  # noqa: S101
-    try:
-        return noise_for(asked.epsilon, delta=asked.delta, sampling_rate=rate, steps=steps, accountant=asked.accountant)
-    except ValueError as error:
-        fix = "raise epsilon, or train for fewer steps"
-        where = f"party {party}, privacy.differential_privacy.epsilon"
-        raise ConfigError("BAD_VALUE", str(error), where=where, fix=fix) from None
 
 
 def _digest(inputs: Sequence[Mapping[str, torch.Tensor]]) -> str:
