@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from fedllm.disk import write_atomic
@@ -69,10 +70,8 @@ class Budget:
         key = noise_key(self._folder / "noise.key")
         rate, noise, steps = terms.round.sampling_rate, terms.round.noise_multiplier, terms.round.steps
         charge = Charge(terms.data, terms.unit, self._run, number, inputs, key_name(key), rate, noise, steps)
-        charges = self._charges()
-        if charge not in charges:
-            self._check([*charges, charge], number, terms)
-        head = self._ledger.add(charge, seen=self._seen_head())
+        check = partial(self._check, number=number, terms=terms)
+        head = self._ledger.add(charge, seen=self._seen_head(), check=check)
         write_atomic(self._seen, json.dumps({"hash": head}).encode())
         return NoiseStream(key, self._run, self._party, number, inputs)
 

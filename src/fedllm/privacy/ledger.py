@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -98,12 +98,16 @@ class Ledger:
         chain = self._read()[1]
         return chain[-1] if chain else ""
 
-    def add(self, charge: Charge, *, seen: str = "") -> str:
+    def add(
+        self, charge: Charge, *, seen: str = "", check: Callable[[list[Charge]], None] = lambda charges: None
+    ) -> str:
         """Write a charge durably, unless it is there already, and return the hash of the last line.
 
         Args:
             charge: The charge.
             seen: As for `charges`.
+            check: Is given all charges with the new one, and raises where they are too many. No other run can pay
+                between its look and the charge.
 
         Raises:
             StateLost: `LEDGER_BROKEN`.
@@ -113,8 +117,10 @@ class Ledger:
         what, fix = "another process is writing this ledger", "wait for it, or stop it"
         lock = hold(self.path.with_suffix(".lock"), what, fix=fix, patience_s=_PATIENCE_S)
         try:
-            if charge in self.charges(seen=seen):
+            charges = self.charges(seen=seen)
+            if charge in charges:
                 return self.head()
+            check([*charges, charge])
             body = asdict(charge)
             last = self.head() or _FIRST
             hash_ = _hash(last, body)
