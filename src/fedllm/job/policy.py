@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from fedllm.errors import PolicyError, nearest
 from fedllm.job.party import Limits, Party
+from fedllm.privacy.differential import DifferentialPrivacySettings
 
 if TYPE_CHECKING:
     from fedllm.job.job import Job
@@ -53,7 +54,9 @@ def rules(job: Job, party: Party, *, upload: Upload | None = None, baseline: boo
         found += _parties(job, limits)
     if upload is not None:
         found += _upload(upload, limits)
-    return [*found, *_privacy(job, limits)]
+    # A yardstick of one party leaves nobody's hands.
+    asked = () if baseline else (*_secure(job, limits), *_private(job.privacy.differential_privacy, limits))
+    return [*found, *asked]
 
 
 def check_policy(job: Job, party: Party, *, upload: Upload | None = None, baseline: bool = False) -> list[PolicyError]:
@@ -159,16 +162,28 @@ def _upload(upload: Upload, limits: Limits) -> Iterator[Rule]:
     yield _at_most("max_upload_bytes", upload.total, limits.max_upload_bytes, "bytes up in the whole run", fix)
 
 
-def _privacy(job: Job, limits: Limits) -> Iterator[Rule]:
+def _secure(job: Job, limits: Limits) -> Iterator[Rule]:
     demanded, has = limits.require_secure_aggregation, job.privacy.secure_aggregation.enabled
     shown = "only jobs with secure aggregation" if demanded else "jobs without"
     fix = f"set `privacy.secure_aggregation.enabled: true`, {_ASK_SITE}"
     asked = "secure aggregation" if has else "no secure aggregation"
     yield Rule("require_secure_aggregation", asked, shown, has or not demanded, fix)
-    most = limits.max_epsilon
+
+
+def _private(asked: DifferentialPrivacySettings, limits: Limits) -> Iterator[Rule]:
+    most, key = limits.max_epsilon, "privacy.differential_privacy"
     shown = "any" if most is None else f"an epsilon of {most:g} at most"
-    fix = "this version has no differential privacy: the site has to take the limit back, or to stay out"
-    yield Rule("max_epsilon", "training without differential privacy", shown, most is None, fix)
+    if asked.unit == "none":
+        what, fix = "training without differential privacy", f"set `{key}: {{unit: example, epsilon: {most}}}`"
+    elif asked.epsilon is None:
+        what, fix = "noise of which the epsilon is not said", f"set `{key}.epsilon` in place of noise_multiplier"
+    else:
+        what, fix = f"an epsilon of {asked.epsilon:g}", f"lower `{key}.epsilon`"
+    holds = most is None or (asked.epsilon is not None and asked.epsilon <= most)
+    yield Rule("max_epsilon", what, shown, holds, f"{fix}, {_ASK_SITE}")
+    if most is not None and asked.delta is not None:
+        allowed, fix = f"{limits.max_delta:g} at most", f"lower `{key}.delta`, {_ASK_SITE}"
+        yield Rule("max_delta", f"a delta of {asked.delta:g}", allowed, asked.delta <= limits.max_delta, fix)
 
 
 def _at_most(key: str, asked: int, most: int | None, unit: str, fix: str) -> Rule:

@@ -9,11 +9,10 @@ from fedllm.runs.folder import RunFolder
 from fedllm.runtime.base import Link, Wanted
 from fedllm.runtime.host import PartyHost
 from fedllm.runtime.party_data import check_data_unchanged
-from fedllm.runtime.site import Site, open_host
+from fedllm.runtime.site import Site, open_host, trainer_for
 from fedllm.runtime.sum_keys import SignaturesOf, local_signatures, make_sum_keys, sums_of
 from fedllm.scenarios.base import TokenData
 from fedllm.train.base import LocalTrainer
-from fedllm.train.supervised import SupervisedTrainer
 from fedllm.wire.frame import Parcel
 
 
@@ -62,11 +61,11 @@ def local_hosts(
         site: What the process shares.
         data: Each party's tokens.
         run: The run folder.
-        trainer: The local trainer; supervised by default.
+        trainer: The local trainer; by default the one that the job asks for.
         on_step: Called after each step of a party's training.
         signatures: How parties sign in secure sums; by default with keys that are made for the run.
     """
-    trainer = trainer or SupervisedTrainer()
+    trainer = trainer or trainer_for(site.job)
     for party, tokens in data.items():
         run.hold_party(party)
         check_data_unchanged(run, party, tokens)

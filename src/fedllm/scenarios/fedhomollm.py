@@ -28,7 +28,7 @@ from fedllm.aggregate.lora import drift, travelling
 from fedllm.aggregate.robust import RobustSettings, Update, robust_mean
 from fedllm.aggregate.server import StrategySettings, server_step
 from fedllm.aggregate.slots import num_slots, slot_means
-from fedllm.errors import RunFailed, RunPaused
+from fedllm.errors import BudgetExhausted, RunFailed, RunPaused
 from fedllm.models.fresh import fresh_factors
 from fedllm.scenarios.base import (
     Federation,
@@ -201,6 +201,9 @@ class Server:
         else:
             return
         failed = ", ".join(f"{party}: {code}" for party, code in sorted(total.failures.items()))
+        if "BUDGET_EXHAUSTED" in total.failures.values():
+            fix = "deliver the last round, or ask the site for a larger budget (`limits.max_epsilon`)"
+            raise BudgetExhausted("BUDGET_EXHAUSTED", f"{what} ({failed})", where=f"round {number}", fix=fix)
         # Waiting can cure a slow party, and space a full disk; a party whose training diverged will diverge again.
         may_pass = set(total.failures.values()) <= {"ROUND_TIMEOUT", "DISK_FULL"}
         error = RunPaused if may_pass else RunFailed

@@ -11,9 +11,9 @@ from fedllm.aggregate.robust import COORDINATEWISE, RobustSettings
 from fedllm.aggregate.rules import RULES, LoraRule, Rule
 from fedllm.aggregate.server import StrategySettings
 from fedllm.models.settings import PeftSettings
-from fedllm.privacy.secure_sum import LEAST_PARTIES
-from fedllm.privacy.settings import PrivacySettings, SecureAggregationSettings
+from fedllm.privacy.settings import PrivacySettings
 from fedllm.scenarios.base import ScenarioSettings
+from fedllm.scenarios.fedhomollm_privacy import clashes_of_noise, clashes_of_sums
 from fedllm.train.settings import TrainSettings
 from fedllm.wire.codecs import CodecSettings
 from fedllm.wire.patch import DownSettings
@@ -107,7 +107,10 @@ def clashes(
         yield from _clashes_of_ranks(settings, peft, parties)
     yield from _clashes_of_robust(settings, peft, parties)
     if privacy.secure_aggregation.enabled:
-        yield from _clashes_of_sums(settings, privacy.secure_aggregation, parties)
+        name = settings.robust.name if settings.robust.name != "none" else settings.lora_rule
+        rule = name if needs_each(settings) else ""
+        yield from clashes_of_sums(settings, privacy.secure_aggregation, parties, needs_each=rule)
+    yield from clashes_of_noise(settings, privacy.differential_privacy)
 
 
 def _clashes_of_scaffold(settings: Settings, train: TrainSettings) -> Iterator[Clash]:
@@ -225,25 +228,3 @@ def _clashes_of_robust(settings: Settings, peft: PeftSettings, parties: Sequence
     if robust.name in COORDINATEWISE and settings.lora_rule == "FedIT" and peft.peft_type in ("LORA", "ADALORA"):
         what = f"{robust.name} compares coordinates, and LoRA's product has none in common while both factors move"
         yield "federation.robust", what, "set `lora_rule: RoLoRA` or FFA-LoRA, or a rule such as MultiKrum"
-
-
-def _clashes_of_sums(settings: Settings, secure: SecureAggregationSettings, parties: Sequence[str]) -> Iterator[Clash]:
-    """Yield what secure aggregation does not go with: what a sum alone does not give, and sums that hide nobody."""
-    key, off = "privacy.secure_aggregation", "or set `privacy.secure_aggregation.enabled: false`"
-    name = settings.robust.name if settings.robust.name != "none" else settings.lora_rule
-    if needs_each(settings):
-        what = f"{name} needs each party's update, and secure aggregation shows none (E01)"
-        yield key, what, f"set `robust: {{name: none}}` and `lora_rule: FedIT`, FFA-LoRA or RoLoRA, {off}"
-    if settings.codec.name not in ("fp32", "Grid"):
-        what = f"the scales or places of {settings.codec.name} differ from party to party, so codes have no sum (E02)"
-        yield "federation.codec", what, "set `codec: {name: Grid, limit: ...}` or fp32"
-    if settings.ranks:
-        what = "with parties of different ranks the parts of the sum are not of one shape"
-        yield "federation.ranks", what, f"leave `ranks` out, {off}"
-    cohort = settings.cohort_size(len(parties))
-    if cohort < LEAST_PARTIES:
-        what = f"a sum of {cohort} parties hides nobody: {LEAST_PARTIES} are the least (E04)"
-        yield key, what, f"add parties, or raise fraction_train or min_parties, {off}"
-    elif secure.threshold is not None and not cohort < 2 * secure.threshold <= 2 * cohort:
-        what = f"threshold is {secure.threshold}, and of {cohort} parties more than half must stay, and can (E04)"
-        yield f"{key}.threshold", what, f"set `threshold` between {cohort // 2 + 1} and {cohort}, or leave it out"

@@ -16,7 +16,11 @@ def who_learns_what(settings: Settings, privacy: PrivacySettings) -> tuple[str, 
     beside = ", and its control variate" if settings.strategy.name == "SCAFFOLD" else ""
     beside += ", and a random projection of its adapter" if meets_drift(settings) else ""
     own = " Factor B stays at its party, and neither the server nor another party ever sees it."
-    return (
+    noise = (
+        "Each party adds its noise before anything leaves, and its updates tell of a unit (example or person) no more "
+        "than epsilon says. Not hidden: numbers of examples, sums of held-out losses, and when a party answers."
+    )
+    found = (
         _server(privacy, beside),
         "Each party sees the global adapter after every round; never another party's update or data."
         + (own if rule_of(settings).keeps_state else ""),
@@ -24,6 +28,7 @@ def who_learns_what(settings: Settings, privacy: PrivacySettings) -> tuple[str, 
         + ("What is summed" if privacy.secure_aggregation.enabled else "Updates")
         + " can leak something of them: see the threat model.",
     )
+    return (*found, noise) if privacy.differential_privacy.is_local else found
 
 
 def _server(privacy: PrivacySettings, beside: str) -> str:
