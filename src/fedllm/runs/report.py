@@ -257,7 +257,8 @@ def _provenance(record: RunRecord) -> dict[str, Any]:
     own = record.result.get("adapter_sha256")
     digests = [(key.replace("_", " "), value) for key, value in found.items() if key.endswith("_digest") and value]
     facts = {key: found.get(key) for key in ("scenario", "model_name_or_path", "seed", "num_threads", "run_id")}
-    facts["privacy"] = privacy_text(record) or "no differential privacy"
+    hides = record.setting("privacy.differential_privacy.unit")
+    facts["privacy"] = "no differential privacy" if hides == "none" else privacy_text(record)
     facts["started"] = f"{clock_text(found['started'])} UTC" if found.get("started") else None
     return {
         "digests": [*digests, ("adapter SHA-256", own)] if own else digests,
