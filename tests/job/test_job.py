@@ -108,7 +108,7 @@ def test_an_unknown_key_is_refused_with_the_nearest_name_and_its_line(key: str, 
         ("federation.fraction_train", 0),
         ("federation.fraction_train", 1.1),
         ("federation.round_timeout", 0),
-        ("federation.weight_by", "federation.weight_unit", "size"),
+        ("federation.weight_by", "size"),
         ("federation.strategy", "FedAvg"),
         ("federation.strategy.name", "FedAdamW"),
         ("train.learning_rate", "fast"),
@@ -286,6 +286,7 @@ def test_the_digest_does_not_change_from_release_to_release_unnoticed(tmp_path: 
         "federation.strategy.server_momentum",
         "federation.strategy.server_tau",
         "federation.weight_by",
+        "federation.weight_unit",
     ]
 
 
