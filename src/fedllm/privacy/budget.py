@@ -102,7 +102,7 @@ class Budget:
                     "BUDGET_EXHAUSTED",
                     f"with this round epsilon would be {spent:.3f}, and {most:g} is the most for {whose}",
                     where=f"party {self._party}, round {number}",
-                    fix="the data have given what they may: deliver what there is, or ask the site for a larger budget",
+                    fix="run fewer rounds, or with a smaller epsilon; or ask the site for a larger `limits.max_epsilon`",
                 )
 
     def _charges(self) -> list[Charge]:
