@@ -42,6 +42,17 @@ def test_a_run_has_the_same_bits_with_secure_sums_and_without(case: str, make_fe
     assert found["plain"] == found["secure"]
 
 
+def test_noise_in_training_and_secure_sums_go_together(make_federation: Make) -> None:
+    noise = {"privacy.differential_privacy": {"unit": "example", "epsilon": 8.0}}
+    found = {}
+    for name, changes in {"plain": {}, "secure": SECURE}.items():
+        result = make_federation(name, sizes=SIZES, job=PLAN | GRID | noise | changes).run()
+        spent = [row for row in result.rows() if row["name"] == "epsilon_spent"]
+        found[name] = [(row["round"], row["party"], round(row["value"], 6)) for row in spent]
+    # What each party spent is no secret, and a secure sum carries it all the same.
+    assert found["plain"] == found["secure"] and len(found["plain"]) == 12
+
+
 def test_the_plan_foretells_the_bytes_of_secure_sums(make_federation: Make) -> None:
     check_the_plan(make_federation(sizes=SIZES, job=PLAN | GRID | SECURE))
 

@@ -15,6 +15,8 @@ from fedllm.privacy.ledger import Charge, Ledger, spent_on
 from fedllm.privacy.noise import NoiseStream, key_name, noise_key
 from fedllm.privacy.terms import Terms
 
+# Beside the party files, the run folders or a site's audit log: one ledger per party, for all runs.
+PURSE_FOLDER = "privacy"
 # Sums of epsilons are compared up to the rounding of the accountant's own tables.
 _SLACK = 1e-9
 
@@ -102,7 +104,7 @@ class Budget:
                     "BUDGET_EXHAUSTED",
                     f"with this round epsilon would be {spent:.3f}, and {most:g} is the most for {whose}",
                     where=f"party {self._party}, round {number}",
-                    fix="run fewer rounds, or with a smaller epsilon; or ask the site for a larger `limits.max_epsilon`",
+                    fix="run fewer rounds, lower epsilon, or ask the site for a larger `limits.max_epsilon`",
                 )
 
     def _charges(self) -> list[Charge]:

@@ -22,6 +22,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "none": {},
     "example": _NOISE,
     "group": _NOISE,
+    "party": {**_NOISE, "placement": "central", "adaptive_clip": False, "accountant": "RDP"},
 }
 # Above this the promise is that someone is exposed.
 _LARGEST_DELTA = 0.01
@@ -32,8 +33,8 @@ class DifferentialPrivacySettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
-    unit: Literal["none", "example", "group"] = Field(
-        "none", description="What is hidden: nothing, an example, or all examples of a person (group)."
+    unit: Literal["none", "example", "group", "party"] = Field(
+        "none", description="What is hidden: nothing, an example, all examples of a person (group), or of a party."
     )
     epsilon: float | None = Field(
         None, gt=0, description="The bound of the whole run; the noise follows. Give this or noise_multiplier."
@@ -49,6 +50,15 @@ class DifferentialPrivacySettings(BaseModel):
         None, description="How the loss is added up: PLD, which is tight, or RDP, which is quick and above it."
     )
 
+    placement: Literal["central", "distributed"] | None = Field(
+        None,
+        description="party: who adds the noise: the server, which is trusted with the sum (central), or each party its "
+        "share before a secure sum (distributed).",
+    )
+    adaptive_clip: bool | None = Field(
+        None, description="party, central: let clip_norm follow the median norm of the updates: no."
+    )
+
     @model_validator(mode="before")
     @classmethod
     def _settings_of_the_unit(cls, values: Any) -> Any:
@@ -61,6 +71,10 @@ class DifferentialPrivacySettings(BaseModel):
         if (self.epsilon is None) == (self.noise_multiplier is None):
             state = "both missing" if self.epsilon is None else "both given"
             raise ValueError(f"epsilon and noise_multiplier are {state}; give one of them, the other follows from it")
+        if self.placement == "distributed" and self.accountant != "RDP":
+            raise ValueError("noise in whole numbers is accounted for by RDP; leave accountant out")
+        if self.placement == "distributed" and self.adaptive_clip:
+            raise ValueError("the clip norm can be adapted by a server that is trusted; leave adaptive_clip out")
         return self
 
     @property

@@ -15,13 +15,13 @@ import numpy as np
 # In steps of the grid. Above it the sum of discrete Gaussians is one, for all that matters (`excess`).
 LEAST_DEVIATION = 4.0
 # Beyond so many standard deviations are fewer than 2**-64 of all numbers.
-_TAIL = 9.2
+TAIL = 9.2
 _PIECE = 2**18
 
 
 @lru_cache(maxsize=4)
 def _thresholds(deviation: float) -> np.ndarray:
-    most = math.ceil(_TAIL * deviation)
+    most = math.ceil(TAIL * deviation)
     places = np.arange(-most, most + 1, dtype=np.float64)
     mass = np.exp(-(places**2) / (2 * deviation**2))
     # From the lower tail up to the middle, where small numbers are added to small ones; the rest mirrors it.

@@ -78,8 +78,16 @@ class NoiseStream:
             count: How many.
             labels: What these are for.
         """
-        bits = np.frombuffer(self._bytes(8 * count, labels), dtype="<u8")
-        return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
+        return (self.integers(count, *labels) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+    def integers(self, count: int, *labels: str | int) -> np.ndarray:
+        """Return uniformly random 64-bit integers, uint64, shape (count,).
+
+        Args:
+            count: How many.
+            labels: What these are for.
+        """
+        return np.frombuffer(self._bytes(8 * count, labels), dtype="<u8")
 
     def normals(self, count: int, *labels: str | int) -> np.ndarray:
         """Return standard normal numbers, float64, shape (count,), by the method of Box and Muller.

@@ -156,11 +156,12 @@ def privacy_text(record: RunRecord) -> str | None:
     unit = record.setting(f"{key}.unit")
     if unit in (None, "none"):
         return None
-    each = record.metrics.by_party("epsilon_spent").values()
+    each = [record.metrics.values("epsilon_spent"), *record.metrics.by_party("epsilon_spent").values()]
     spent = max((value for values in each for value in values.values()), default=None)
     versions = record.provenance.get("versions")
     library = versions.get("dp-accounting", "") if isinstance(versions, dict) else ""
-    how = f"Poisson samples, {record.setting(f'{key}.accountant')} accountant, dp-accounting {library}".strip()
+    drawn = "all parties in each round" if unit == "party" else "Poisson samples"
+    how = f"{drawn}, {record.setting(f'{key}.accountant')} accountant, dp-accounting {library}".strip()
     epsilon = "not known" if spent is None else f"{spent:.3f}"
     return f"epsilon {epsilon} per {unit} at delta {record.setting(f'{key}.delta'):g} ({how})"
 

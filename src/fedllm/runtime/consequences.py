@@ -78,7 +78,7 @@ def consequences(job: Job, located: LocatedParty) -> Consequences:
 
 def _told(job: Job, located: LocatedParty, facts: Facts, *, upload: Upload, bytes_down: int) -> Consequences:
     (here,) = facts.parties
-    refused, noise = refused_operations(job, located.party), foreseen_noise(job, here)
+    refused, noise = refused_operations(job, located.party), foreseen_noise(job, here, facts.skeleton.num_trainable())
     requests = job.table_line().operations(job.federation)
     return Consequences(
         job=job.name,

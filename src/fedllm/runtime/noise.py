@@ -6,7 +6,13 @@ from dataclasses import dataclass
 
 from fedllm.job.job import Job
 from fedllm.privacy.accountant import accountant_name
+from fedllm.privacy.budget import PURSE_FOLDER, Budget, Purse
+from fedllm.privacy.party_level import noise_to_signal
 from fedllm.privacy.terms import run_epsilon, run_mechanism
+from fedllm.runs.folder import RunFolder
+
+# Noise so many times as long as what is learned from leaves nothing of it.
+_DROWNED = 10.0
 
 
 @dataclass(frozen=True)
@@ -22,6 +28,7 @@ class NoiseAt:
         epsilon: Of the whole run.
         delta: Chance that it does not hold.
         accountant: Who added up.
+        drowns: Where whole parties are hidden: norm of the noise on the mean, over the largest norm of the mean.
     """
 
     party: str
@@ -32,17 +39,25 @@ class NoiseAt:
     epsilon: float
     delta: float
     accountant: str
+    drowns: float | None = None
 
     @property
     def text(self) -> str:
         """The same as a sentence."""
+        if self.drowns is not None:
+            return (
+                f"epsilon {self.epsilon:.2f} per {self.unit} at delta {self.delta:g} ({self.accountant}): noise "
+                f"{self.noise_multiplier:.2f} on the sum of clipped updates. The noise on their mean is "
+                f"{self.drowns:.0f} times as long as the mean can be"
+                + ("; nothing will be learned: hide examples instead (W10)" if self.drowns > _DROWNED else "")
+            )
         return (
             f"epsilon {self.epsilon:.2f} per {self.unit} at delta {self.delta:g} ({self.accountant}): noise "
             f"{self.noise_multiplier:.2f}, each of {self.num_units} drawn with chance {self.sampling_rate:.3g}"
         )
 
 
-def noise_at(job: Job, party: str, *, examples: int, groups: int, steps: int) -> NoiseAt | None:
+def noise_at(job: Job, party: str, *, examples: int, groups: int, steps: int, size: int) -> NoiseAt | None:
     """Return what a job means at a party; None where it hides nothing.
 
     Args:
@@ -51,11 +66,14 @@ def noise_at(job: Job, party: str, *, examples: int, groups: int, steps: int) ->
         examples: Its training examples.
         groups: The persons they are of.
         steps: Optimiser steps of a round.
+        size: Values in an update.
 
     Raises:
         ConfigError: `BAD_VALUE`, no noise is enough.
     """
     asked = job.privacy.differential_privacy
+    if asked.unit == "party":
+        return _on_sums(job, party, size)
     if not asked.is_local:
         return None
     num_units = groups if asked.unit == "group" else examples
@@ -76,4 +94,40 @@ def noise_at(job: Job, party: str, *, examples: int, groups: int, steps: int) ->
         epsilon=run_epsilon(asked, run),
         delta=delta,
         accountant=accountant_name(accountant),
+    )
+
+
+def _on_sums(job: Job, party: str, size: int) -> NoiseAt:
+    asked, cohort = job.privacy.differential_privacy, job.federation.cohort_size(len(job.parties))
+    run = run_mechanism(asked, num_units=1, expected_units=1, steps=job.federation.num_rounds, party=party)
+    _, delta, accountant = asked.limits
+    return NoiseAt(
+        party=party,
+        unit=asked.unit,
+        num_units=1,
+        sampling_rate=1.0,
+        noise_multiplier=run.noise_multiplier,
+        epsilon=run_epsilon(asked, run),
+        delta=delta,
+        accountant=accountant_name(accountant),
+        drowns=noise_to_signal(run.noise_multiplier, parties=cohort, size=size),
+    )
+
+
+def server_budget(job: Job, run: RunFolder) -> Budget | None:
+    """Return what pays for the noise that the server adds, with the key of that noise; None where it adds none.
+
+    Args:
+        job: The job.
+        run: The run folder.
+
+    Raises:
+        StateLost: `LEDGER_BROKEN`.
+    """
+    asked = job.privacy.differential_privacy
+    if asked.unit != "party" or asked.placement != "central":
+        return None
+    trained = [number for number in run.checkpoints().present() if number]
+    return Budget(
+        Purse(run.path.parent / PURSE_FOLDER), party="server", run_id=run.run_id, folder=run.path, trained=trained
     )

@@ -81,7 +81,9 @@ def make_plan(job: Job, parties: list[LocatedParty], facts: Facts) -> Plan:
         peak_memory_bytes=probe.peak_bytes + others,
         party_memory_bytes=per_party,
         who_learns_what=job.table_line().who_learns_what(job.federation, job.privacy),
-        noise=tuple(found for party in facts.parties if (found := foreseen_noise(job, party))),
+        noise=tuple(
+            found for party in facts.parties if (found := foreseen_noise(job, party, facts.skeleton.num_trainable()))
+        ),
     )
 
 
@@ -326,19 +328,20 @@ def _extrapolate(job: Job, data: dict[str, TokenData], per_step: float, evaluati
     return _Probe(per_step, job.federation.num_rounds * per_round, peak)
 
 
-def foreseen_noise(job: Job, facts: PartyFacts) -> NoiseAt | None:
+def foreseen_noise(job: Job, facts: PartyFacts, size: int) -> NoiseAt | None:
     """Return what a job means for a party's privacy; None where it hides nothing.
 
     Args:
         job: The job.
         facts: The party's, from `validate`.
+        size: Values in an update.
 
     Raises:
         ConfigError: `BAD_VALUE`, no noise is enough.
     """
     counts = facts.train
     steps = steps_per_round(job, counts.kept)
-    return noise_at(job, facts.party, examples=counts.kept, groups=counts.groups, steps=steps)
+    return noise_at(job, facts.party, examples=counts.kept, groups=counts.groups, steps=steps, size=size)
 
 
 def steps_per_round(job: Job, num_examples: int) -> int:

@@ -26,6 +26,7 @@ from fedllm.runtime.driver import Driver, Outcome
 from fedllm.runtime.federation import LinkedFederation
 from fedllm.runtime.guard import Auditor
 from fedllm.runtime.local import InProcessLink, local_hosts
+from fedllm.runtime.noise import server_budget
 from fedllm.runtime.party_data import party_facts
 from fedllm.runtime.site import Site, base_folder, open_site, party_tokens
 from fedllm.runtime.sum_keys import make_sum_keys, terms_of
@@ -241,7 +242,13 @@ def drive(
     federation.sums = terms_of(job)
     if link.seal:
         federation.start_at(run.next_epoch())
-    server: ServerHalf = line.server(job.federation, seed=job.seed, common=job.evaluate.test is not None)
+    server: ServerHalf = line.server(
+        job.federation,
+        seed=job.seed,
+        common=job.evaluate.test is not None,
+        privacy=job.privacy,
+        budget=server_budget(job, run),
+    )
 
     def on_ready(ready: Ready) -> None:
         compared = ("base_digest", "tokenizer_digest", "template_digest", "common_digest")

@@ -21,7 +21,7 @@ from fedllm.errors import ConfigError, DataError
 from fedllm.job.job import Job, LocatedParty
 from fedllm.models.adapter import TunableModel
 from fedllm.models.load import Base, find_base, load_base
-from fedllm.privacy.budget import Budget, Purse
+from fedllm.privacy.budget import PURSE_FOLDER, Budget, Purse
 from fedllm.runs.folder import RunFolder
 from fedllm.runs.plan_files import versions
 from fedllm.runtime.base import Ready
@@ -34,8 +34,6 @@ from fedllm.train.supervised import SupervisedTrainer, check_precision
 from fedllm.wire.payload import Tensors
 
 _MANY_ROUNDS = 10**9
-# Beside the party files, the run folders or a site's audit log: one ledger per party, for all runs.
-PURSE_FOLDER = "privacy"
 
 
 @dataclass
@@ -262,14 +260,17 @@ def open_host(
     """
     job, line = site.job, site.job.table_line()
     states, budget = run.party_states(name), None
-    if job.privacy.differential_privacy.is_local:
+    asked = job.privacy.differential_privacy
+    if asked.is_local:
         need_private(trainer)
+    if asked.is_local or asked.placement == "distributed":
         purse, own = site.purses.get(name) or Purse(run.path.parent / PURSE_FOLDER), run.path / "parties" / name
         budget = Budget(purse, party=name, run_id=run.run_id, folder=own, trained=states.present())
 
     def open_client(log: Log) -> ClientHalf:
         context = ClientContext(
             party=name,
+            parties=tuple(job.parties),
             seed=job.seed,
             settings=job.federation,
             model=site.model,

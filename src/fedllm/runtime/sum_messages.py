@@ -74,7 +74,7 @@ class SharesTaken(Payload):
 class Masked(Payload):
     """Party -> server: its masked summand. `names` are those of the counts, which are masked beside the tensors."""
 
-    names: list[Annotated[str, Field(pattern=r"^[a-z_]{1,40}$")]] = Field(max_length=100)
+    names: list[Annotated[str, Field(pattern=r"^[a-z0-9_/-]{1,80}$")]] = Field(max_length=1100)
     tensors: TensorMap
 
 

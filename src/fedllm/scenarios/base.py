@@ -216,11 +216,12 @@ class TokenData:
 class ClientContext:
     """What a client half may use; nothing of it leaves the party except through its replies.
 
-    `settings` is the scenario's own; `log(round, split, values)` writes metrics that stay at the party, and
-    `deliver(tensors)` an adapter that is the party's alone. `budget` pays for rounds of private training.
+    `parties` are all of the job; `settings` is the scenario's own; `log(round, split, values)` writes metrics that stay
+    at the party, and `deliver(tensors)` an adapter that is the party's alone. `budget` pays for rounds with noise.
     """
 
     party: str
+    parties: tuple[str, ...]
     seed: int
     settings: Any
     model: TunableModel

@@ -30,6 +30,8 @@ from fedllm.aggregate.server import StrategySettings, server_step
 from fedllm.aggregate.slots import num_slots, slot_means
 from fedllm.errors import BudgetExhausted, RunFailed, RunPaused
 from fedllm.models.fresh import fresh_factors
+from fedllm.privacy.budget import Budget
+from fedllm.privacy.settings import PrivacySettings
 from fedllm.scenarios.base import (
     Federation,
     RoundResult,
@@ -55,6 +57,7 @@ from fedllm.scenarios.fedhomollm_messages import (
     prefixed,
     select,
 )
+from fedllm.scenarios.fedhomollm_party_unit import ServerNoise, first_clip
 from fedllm.scenarios.fedhomollm_rows import loss_rows, loss_sums, rows_of, train_rows
 from fedllm.scenarios.fedhomollm_settings import Settings, clashes, needs_each, rule_of
 from fedllm.scenarios.fedhomollm_trust import who_learns_what
@@ -67,11 +70,24 @@ from fedllm.wire.payload import Manifest, Payload, Tensors, manifest_of
 class Server:
     """The server's half. It needs neither the base model nor any data."""
 
-    def __init__(self, settings: Settings, *, seed: int, common: bool) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        seed: int,
+        common: bool,
+        privacy: PrivacySettings | None = None,
+        budget: Budget | None = None,
+    ) -> None:
         self._settings, self._seed, self._common = settings, seed, common
+        asked = privacy.differential_privacy if privacy else None
+        self._noise = ServerNoise(settings, asked, budget) if asked and asked.unit == "party" else None
+        self._first_clip = first_clip(asked) if asked and self._noise else None
 
     def start(self, federation: Federation) -> RoundResult:
         """Return the state of round 0: the initial adapter, evaluated."""
+        if self._noise:
+            self._noise.check(len(federation.parties))
         party = federation.parties[0]
         for reply in federation.ask(SendInitial(), round_=0, to=[party]):
             if isinstance(reply.payload, Initial):
@@ -89,13 +105,14 @@ class Server:
         counted = state.fields.get("counted", {})
         # So that a party puts its own factor of the best round aside before it trains on.
         best = state.fields["best"] if rule_of(settings).keeps_state and settings.keep == "best" else None
-        request = Train(adapter=sent(settings, state), control=control, counted=counted, best=best)
-        total = self._gathered(federation, request, number, adapter)
+        clip = state.fields.get("clip_norm", self._first_clip)
+        request = Train(adapter=sent(settings, state), control=control, counted=counted, best=best, clip_norm=clip)
+        total, clip_after, spent = self._noisy(self._gathered(federation, request, number, adapter), number, clip)
         update, control_update = select("update", total.means), select("control", total.means)
         share = len(total.parties) / len(federation.parties)
         control = control | {name: control[name] + share * change for name, change in control_update.items()}
         rows = train_rows(number, replace(total, means=update)) + self._saved_rows(number, total, adapter)
-        rows += _added_rows(number, total)
+        rows += _added_rows(number, total) + spent
         if met := select("drift", total.means):
             value = drift(met, adapter, update, seed=self._seed, number=number)
             rows += rows_of(number, None, None, {"lora_drift": value})
@@ -104,9 +121,16 @@ class Server:
             moved = self._beside(moved, select("beside", total.means), number)
         tensors = prefixed("adapter", moved) | prefixed("server", memory) | prefixed("control", control)
         tensors, note = as_sent(settings, state, tensors, number)
-        fields = state.fields | note | self._counted_after(counted, total, number)
+        fields = state.fields | note | self._counted_after(counted, total, number) | clip_after
         new = State(number, tensors | _best_so_far(state), fields)
         return self._handed_over(federation, self._evaluated(federation, new, rows=rows, failures=total.failures))
+
+    def _noisy(self, total: Total, number: int, clip: float | None) -> tuple[Total, dict[str, float], list[Row]]:
+        """Return the sum with the server's noise, the field that says the next clip norm, and what was spent."""
+        if self._noise is None or clip is None:
+            return total, {}, []
+        noisy, after = self._noise.added(total, number, clip)
+        return noisy, {"clip_norm": after}, self._noise.rows(number, clip)
 
     def _counted_after(self, counted: Mapping[str, int], total: Total, number: int) -> dict[str, dict[str, int]]:
         """Return the field that says when each party's answer was last counted, where parties keep something."""

@@ -11,7 +11,7 @@ from fedllm.aggregate.rules import LoraRule
 from fedllm.aggregate.slots import own_slots, without_others
 from fedllm.data.batches import BatchOrder
 from fedllm.errors import PayloadError
-from fedllm.evaluate.loss import evaluate_examples
+from fedllm.evaluate.loss import LossSums, evaluate_examples
 from fedllm.models.fresh import fresh_factors
 from fedllm.scenarios.base import ClientContext, State, Summand
 from fedllm.scenarios.fedhomollm_kept import Kept
@@ -25,6 +25,7 @@ from fedllm.scenarios.fedhomollm_messages import (
     prefixed,
     select,
 )
+from fedllm.scenarios.fedhomollm_party_unit import PartyUnit
 from fedllm.scenarios.fedhomollm_private import PrivateTraining
 from fedllm.scenarios.fedhomollm_settings import meets_drift, rule_of
 from fedllm.tasks import CLASSIFICATION
@@ -60,6 +61,7 @@ class Client:
         )
         self._check_weight()
         self._learning_rate = learning_rates(settings, total_steps=self._steps * context.settings.num_rounds)
+        self._unit = self._party_unit()
         is_private = context.privacy.differential_privacy.is_local
         self._private = PrivateTraining(context, num_steps=self._steps) if is_private else None
 
@@ -107,8 +109,13 @@ class Client:
         if self._rank is not None:
             update = own_slots(update, self._rank)
         counts = self._counts(sums, number)
+        if self._unit:
+            update, told = self._unit.clipped(update, request.clip_norm)
+            counts = {"steps": counts["steps"]} | told
         tensors = prefixed("update", update) | prefixed("control", self._control_update(request, update, number))
         tensors = self._encoded(tensors, number)
+        if self._unit:
+            tensors = self._unit.noised(tensors, number)
         if meets_drift(c.settings):
             tensors |= prefixed("drift", sketch(end, seed=c.seed, number=number))
         return Summand(weight=self._weight(), counts=counts, tensors=tensors)
@@ -218,6 +225,13 @@ class Client:
         unit: int = self._c.settings.weight_unit
         return -(-size // unit)
 
+    def _party_unit(self) -> PartyUnit | None:
+        c = self._c
+        if c.privacy.differential_privacy.unit != "party":
+            return None
+        travels = {name: c.model.manifest[name] for name in answered(self._rule, c.model.manifest, 1)}
+        return PartyUnit(c.settings, c.privacy, c.party, parties=len(c.parties), manifest=travels, budget=c.budget)
+
     def _check_weight(self) -> None:
         """Find at the start what would be found when a round is trained."""
         secure, settings = self._c.privacy.secure_aggregation, self._c.settings
@@ -237,6 +251,9 @@ class Client:
         sums = evaluate_examples(c.model.model, examples, pad_id=c.pad_id, batch_size=c.eval_batch_size)
         if sums.tokens:
             c.log(number, request.split, sums.values())
+        if self._unit and request.split == "held_out":
+            # These would tell of the party without noise.
+            sums = LossSums(0.0, 0, 0, 0)
         counts = {"nll_nats": sums.nll_nats, "tokens": sums.tokens, "bytes": sums.bytes, "examples": sums.examples}
         if c.data_settings.task == CLASSIFICATION:
             counts |= {"choices": sums.choices, "correct": sums.correct}

@@ -27,7 +27,7 @@ class Train(Payload):
 
     `control` is SCAFFOLD's control variate at the server. Where a party keeps something of its own, `counted` says in
     which round an answer of each party was last counted, and `best` the round that would be delivered if it is not the
-    last one.
+    last one. Where whole parties are hidden, updates are clipped to `clip_norm`.
     """
 
     commits: ClassVar[bool] = True
@@ -35,6 +35,7 @@ class Train(Payload):
     control: TensorMap = Field(default_factory=dict)
     counted: dict[str, int] = Field(default_factory=dict)
     best: int | None = None
+    clip_norm: float | None = None
 
     def private(self) -> str:
         """Return what is summed; see `Payload`."""

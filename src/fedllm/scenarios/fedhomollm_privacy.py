@@ -26,6 +26,21 @@ def clashes_of_noise(settings: Settings, asked: DifferentialPrivacySettings) -> 
     if asked.is_local and settings.weight_by == "tokens":
         what = "`weight_by: tokens` tells the number of a party's target tokens, which has had no noise (E05)"
         yield "federation.weight_by", what, "set `weight_by: examples` (their number is public), or `equal`"
+    if asked.unit == "party":
+        yield from _clashes_of_parties(settings, asked)
+
+
+def clashes_of_shares(asked: DifferentialPrivacySettings, secure: SecureAggregationSettings) -> Iterator[Clash]:
+    """Yield what noise that is shared among the parties does not go with.
+
+    Args:
+        asked: The job's `privacy.differential_privacy`.
+        secure: The job's `privacy.secure_aggregation`.
+    """
+    if asked.placement == "distributed" and not secure.enabled:
+        what = "each party's share of the noise is too little to hide its update from a server that sees it (E09)"
+        fix = "set `privacy.secure_aggregation.enabled: true`, or `placement: central`"
+        yield "privacy.differential_privacy.placement", what, fix
 
 
 def clashes_of_sums(
@@ -56,3 +71,30 @@ def clashes_of_sums(
     elif secure.threshold is not None and not cohort < 2 * secure.threshold <= 2 * cohort:
         what = f"threshold is {secure.threshold}, and of {cohort} parties more than half must stay, and can (E04)"
         yield f"{key}.threshold", what, f"set `threshold` between {cohort // 2 + 1} and {cohort}, or leave it out"
+
+
+def _clashes_of_parties(settings: Settings, asked: DifferentialPrivacySettings) -> Iterator[Clash]:
+    """Yield what would tell of a whole party beside the noisy sum of clipped updates."""
+    if settings.weight_by != "equal":
+        what = f"with `weight_by: {settings.weight_by}` a party's part of the sum has no bound (E05)"
+        yield "federation.weight_by", what, "set `weight_by: equal`"
+    if settings.keep == "best":
+        what = "`keep: best` chooses by held-out losses, which have had no noise"
+        yield "federation.keep", what, "set `keep: last`"
+    if settings.drift_meter:
+        what = "the drift meter's projections of a party's adapter have had no noise (E06)"
+        yield "federation.drift_meter", what, "set `drift_meter: false`"
+    if settings.strategy.name == "SCAFFOLD":
+        what = "SCAFFOLD's control variates are neither clipped nor noisy (E06)"
+        yield "federation.strategy", what, "set another `strategy`"
+    if settings.codec.name not in ("fp32", "Grid") or settings.codec.error_feedback:
+        what = f"after {settings.codec.name} an update is no longer within clip_norm (E06)"
+        yield "federation.codec", what, "set `codec: {name: fp32}`, or Grid, without error feedback"
+    if settings.lora_rule not in ("FedIT", "FFA-LoRA", "RoLoRA") or settings.robust.name != "none":
+        what = (
+            "noise on the sum does not hide a party from a rule that sees its update, or a model that is its own (E06)"
+        )
+        yield "privacy.differential_privacy.unit", what, "set `lora_rule: FedIT`, FFA-LoRA or RoLoRA, and no `robust`"
+    if asked.placement == "distributed" and settings.codec.name != "Grid":
+        what = "noise in whole numbers needs updates in whole numbers (E09)"
+        yield "federation.codec", what, "set `codec: {name: Grid, limit: ...}`"

@@ -71,12 +71,14 @@ class PrivateTraining:
         """
         mechanism, clip_norm = self.terms.round, self._settings.clip_norm
         assert clip_norm is not None  # noqa: S101
-        noise = self._budget.open_round(number, _digest(inputs), self.terms)
+        noise = self._budget.open_round(number, inputs_digest(inputs), self.terms)
         return PrivateRound(self._units, mechanism.sampling_rate, mechanism.noise_multiplier, clip_norm, noise)
 
     def counts(self) -> dict[str, float]:
         """Return what is told of a round beside the update. Losses and tokens have had no noise, and stay unknown."""
-        return {"steps": float(self._num_steps), SPENT + self._c.party: self._budget.spent(self.terms)}
+        # A sum has the same counts from all: of the others' the party says nothing.
+        others = dict.fromkeys((SPENT + party for party in self._c.parties), 0.0)
+        return {"steps": float(self._num_steps), **others, SPENT + self._c.party: self._budget.spent(self.terms)}
 
     def own_values(self) -> dict[str, float]:
         """Return what the party notes for itself."""
@@ -104,7 +106,12 @@ def units_of(examples: Sequence[TokenisedExample], settings: DifferentialPrivacy
     return [tuple(members) for members in groups.values()]
 
 
-def _digest(inputs: Sequence[Mapping[str, torch.Tensor]]) -> str:
+def inputs_digest(inputs: Sequence[Mapping[str, torch.Tensor]]) -> str:
+    """Return a SHA-256 of all that a round starts from.
+
+    Args:
+        inputs: Named tensors; their order counts.
+    """
     digest = hashlib.sha256()
     for number, tensors in enumerate(inputs):
         for name in sorted(tensors):

@@ -13,7 +13,7 @@ from fedllm.aggregate.server import StrategySettings
 from fedllm.models.settings import PeftSettings
 from fedllm.privacy.settings import PrivacySettings
 from fedllm.scenarios.base import ScenarioSettings
-from fedllm.scenarios.fedhomollm_privacy import clashes_of_noise, clashes_of_sums
+from fedllm.scenarios.fedhomollm_privacy import clashes_of_noise, clashes_of_shares, clashes_of_sums
 from fedllm.train.settings import TrainSettings
 from fedllm.wire.codecs import CodecSettings
 from fedllm.wire.patch import DownSettings
@@ -111,6 +111,7 @@ def clashes(
         rule = name if needs_each(settings) else ""
         yield from clashes_of_sums(settings, privacy.secure_aggregation, parties, needs_each=rule)
     yield from clashes_of_noise(settings, privacy.differential_privacy)
+    yield from clashes_of_shares(privacy.differential_privacy, privacy.secure_aggregation)
 
 
 def _clashes_of_scaffold(settings: Settings, train: TrainSettings) -> Iterator[Clash]:

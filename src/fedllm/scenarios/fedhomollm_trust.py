@@ -5,6 +5,13 @@ from __future__ import annotations
 from fedllm.privacy.settings import PrivacySettings
 from fedllm.scenarios.fedhomollm_settings import Settings, meets_drift, rule_of
 
+_PARTY = {
+    False: "The server is trusted with the sum of the clipped updates: it adds the noise that hides whole parties "
+    "before anyone else sees it (E08).",
+    True: "Each party adds its share of the noise that hides whole parties; the server sees the sum with all of it. "
+    "Parties that work together with the server can take their own shares away.",
+}
+
 
 def who_learns_what(settings: Settings, privacy: PrivacySettings) -> tuple[str, ...]:
     """Return it for one job.
@@ -28,7 +35,10 @@ def who_learns_what(settings: Settings, privacy: PrivacySettings) -> tuple[str, 
         + ("What is summed" if privacy.secure_aggregation.enabled else "Updates")
         + " can leak something of them: see the threat model.",
     )
-    return (*found, noise) if privacy.differential_privacy.is_local else found
+    asked = privacy.differential_privacy
+    if asked.unit == "party":
+        return (*found, _PARTY[asked.placement == "distributed"])
+    return (*found, noise) if asked.is_local else found
 
 
 def _server(privacy: PrivacySettings, beside: str) -> str:

@@ -75,6 +75,11 @@ class Codec:
         """Whether tensors travel as they are."""
         return self.settings.name == "fp32"
 
+    @property
+    def step(self) -> float:
+        """The step of the grid, of the codec Grid."""
+        return _grid_step(self.settings)
+
     def manifest(self, manifest: Manifest) -> Manifest:
         """Return what travels for tensors of these names and shapes.
 

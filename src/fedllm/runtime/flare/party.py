@@ -16,7 +16,7 @@ from fedllm.job.approval import admit
 from fedllm.job.job import Job, LocatedParty
 from fedllm.job.loading import load_model
 from fedllm.job.party import Party
-from fedllm.privacy.budget import Purse
+from fedllm.privacy.budget import PURSE_FOLDER, Purse
 from fedllm.runs.audit_log import AUDIT_FILE, AuditLog
 from fedllm.runs.control import read_object
 from fedllm.runs.folder import RunFolder, attach
@@ -29,7 +29,7 @@ from fedllm.runtime.freshness import Freshness
 from fedllm.runtime.guard import Guard
 from fedllm.runtime.host import PartyHost
 from fedllm.runtime.local import local_hosts
-from fedllm.runtime.site import PURSE_FOLDER, open_site, party_tokens
+from fedllm.runtime.site import open_site, party_tokens
 from fedllm.runtime.validate import upload_limits
 from fedllm.wire.blob import Blob, in_place
 from fedllm.wire.frame import Frame, Parcel, encode, pack, unpack
