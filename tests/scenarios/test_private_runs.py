@@ -102,10 +102,15 @@ def test_a_site_ends_a_run_before_the_round_that_would_pass_its_limit(make_feder
     federation = make_federation(
         sizes=SIZES, job=PLAN | {"privacy.differential_privacy": asked}, party={"limits": {"max_epsilon": 5.0}}
     )
+    plan = make_plan(federation.job(), federation.parties(), validate(federation.job(), federation.parties()))
+    assert not any("earlier" in found.text for found in plan.noise)
     federation.run("first")
     with pytest.raises(BudgetExhausted) as caught:
         federation.run("second")
     assert (caught.value.code, caught.value.exit_code) == ("BUDGET_EXHAUSTED", ExitCode.BUDGET)
+    # The plan said so beforehand, of a run that has spent nothing yet.
+    plan = make_plan(federation.job(), federation.parties(), validate(federation.job(), federation.parties()))
+    assert all("ABOVE the 5 that the site allows" in found.text for found in plan.noise)
     result = read_result(federation.folder / "second")
     assert result is not None and (result.status, result.rounds) == ("FAILED", caught_round(caught.value) - 1)
     charges = ledger_of(federation, "north").charges()

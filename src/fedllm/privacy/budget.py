@@ -26,6 +26,14 @@ class Purse:
     folder: Path
     max_epsilon: float | None = None
 
+    def ledger(self, party: str) -> Ledger:
+        """Return the ledger of a party.
+
+        Args:
+            party: The party.
+        """
+        return Ledger(self.folder / f"{party}.jsonl")
+
 
 class Budget:
     """Pays for the rounds of one party in one run.
@@ -40,7 +48,7 @@ class Budget:
 
     def __init__(self, purse: Purse, *, party: str, run_id: str, folder: Path, trained: Sequence[int] = ()) -> None:
         self._purse, self._party, self._run, self._folder = purse, party, run_id, folder
-        self._ledger = Ledger(purse.folder / f"{party}.jsonl")
+        self._ledger = purse.ledger(party)
         self._seen = folder / "ledger.json"
         paid = {charge.round for charge in self._charges() if charge.run == run_id}
         if unpaid := [number for number in trained if number and number not in paid]:
@@ -102,7 +110,7 @@ class Budget:
                     "BUDGET_EXHAUSTED",
                     f"with this round epsilon would be {spent:.3f}, and {most:g} is the most for {whose}",
                     where=f"party {self._party}, round {number}",
-                    fix="run fewer rounds, or with a smaller epsilon; or ask the site for a larger `limits.max_epsilon`",
+                    fix="run fewer rounds or with a smaller epsilon, or ask the site for a larger `limits.max_epsilon`",
                 )
 
     def _charges(self) -> list[Charge]:

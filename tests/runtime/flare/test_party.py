@@ -146,3 +146,18 @@ def test_a_site_with_a_damaged_kit_takes_part_in_nothing(north: OneSite) -> None
     data[40] ^= 1
     path.write_bytes(data)
     assert isinstance(north.open(), Refusal)
+
+
+def test_a_site_keeps_what_is_spent_in_its_own_folder(north: OneSite) -> None:
+    with north.party_file.open("a") as file:
+        file.write("limits:\n  require_approval: false\n  max_epsilon: 3.0\n")
+    asked = {"unit": "example", "epsilon": 2.0}
+    party = north.open(privacy__differential_privacy=asked)
+    assert isinstance(party, Member)
+    try:
+        client = party.host.open_client(lambda *row: None)
+        budget = client._c.budget  # type: ignore[attr-defined]
+        assert (budget._purse.folder, budget._purse.max_epsilon) == (north.site / "privacy", 3.0)
+    finally:
+        party.close()
+    assert north.open(privacy__differential_privacy=asked | {"epsilon": 4.0}) == Refusal("POLICY_REFUSED")
