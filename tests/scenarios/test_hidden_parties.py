@@ -35,7 +35,7 @@ SHARED = PLAN | {
 WAYS = {"central": CENTRAL, "central, adaptive": CENTRAL, "distributed": SHARED}
 WAYS["central, adaptive"] = PLAN | {
     "federation.min_parties": 4,
-    "privacy.differential_privacy": {"unit": "party", "noise_multiplier": 0.2, "adaptive_clip": True}
+    "privacy.differential_privacy": {"unit": "party", "noise_multiplier": 0.2, "adaptive_clip": True},
 }
 
 
@@ -65,7 +65,7 @@ def test_epsilon_is_told_and_right(way: str, make_federation: Make) -> None:
     expected = [epsilon_of([Mechanism(1.0, noise, n)], delta=1e-5, accountant="RDP") for n in (1, 2, 3)]
     assert spent == pytest.approx(expected)
     assert f"epsilon {expected[-1]:.3f} per party" in (result.path / "adapter" / "README.md").read_text()
-    foreseen = noise_at(federation.job(), "north", examples=6, groups=1, steps=2, size=10**6)
+    foreseen = noise_at(federation.job(), "north", examples=6, groups=1, size=10**6)
     assert foreseen is not None and foreseen.epsilon == pytest.approx(expected[-1])
     assert "nothing will be learned" in foreseen.text
 
