@@ -121,6 +121,7 @@ def _basis(matrices: Sequence[torch.Tensor], directions: int | None) -> torch.Te
         return None
     # Rounds differ in size: what is small in a large one is still above rounding.
     rows = torch.cat([matrix / torch.linalg.matrix_norm(matrix) for matrix in changed])
+    basis: torch.Tensor
     _, values, basis = torch.linalg.svd(rows, full_matrices=False)
     # Parameters are float32, and an update is a difference of two: about four digits of it are left.
     above = int((values > 1e-4 * values[0]).sum())
