@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
 
 from fedllm.data.batches import collate
@@ -27,12 +29,13 @@ class ReferenceDP:
         for step in range(task.first_step, task.first_step + task.num_steps):
             rows = [row for rows in step_batches(task, step) for row in rows]
             total = [torch.zeros_like(parameter) for parameter in parameters]
-            for row in rows:
+            # Copies of an example have one gradient, and each of them is clipped by itself.
+            for row, copies in Counter(rows).items():
                 nll, _ = target_losses(task.model.model, collate([row], pad_id=task.pad_id))
                 gradient = torch.autograd.grad(nll.mean(), parameters)
                 norm = torch.sqrt(sum((part**2).sum() for part in gradient))
                 for sum_, part in zip(total, gradient, strict=True):
-                    sum_.add_(part * min(1.0, self._clip / float(norm)))
+                    sum_.add_(part * (copies * min(1.0, self._clip / float(norm))))
             draws = torch_generator(task.seed, "reference noise", task.party, step)
             for parameter, sum_ in zip(parameters, total, strict=True):
                 noise = torch.randn(sum_.shape, generator=draws) * self._noise * self._clip

@@ -75,8 +75,19 @@ def update_of(
     trainer: LocalTrainer | None = None,
 ) -> Tensors:
     """Return the update that a party's client sends after training on the texts, as the server reads it."""
-    examples = examples_of(texts)
-    values = {"per_device_train_batch_size": len(texts), "max_grad_norm": 0} | SGD | (train or {})
+    return update_after(model, start, examples_of(texts), train=train, trainer=trainer)
+
+
+def update_after(
+    model: TunableModel,
+    start: Tensors,
+    examples: Sequence[TokenisedExample],
+    *,
+    train: dict[str, Any] | None = None,
+    trainer: LocalTrainer | None = None,
+) -> Tensors:
+    """Return the update that a party's client sends after training on the examples, as the server reads it."""
+    values = {"per_device_train_batch_size": len(examples), "max_grad_norm": 0} | SGD | (train or {})
     line = SCENARIOS["FedHomoLLM"]
     client = Client(
         ClientContext(
