@@ -1,0 +1,158 @@
+"""`fedllm audit`: what it finds in a run that memorised, what it plants, and that no text of an example comes out."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny import TinyFederation, make_tokenizer, records, tiny_federation, write_jsonl
+
+from fedllm.data.formats import Example
+from fedllm.data.settings import DataSettings
+from fedllm.data.tokens import tokenise
+from fedllm.errors import ConfigError, DataError
+from fedllm.privacy.canaries import CanaryMaker
+from fedllm.runtime import audit as module
+from fedllm.runtime.audit import Audit, Claim, audit_job, audit_run
+
+MEMORISES = {
+    "federation.num_rounds": 2,
+    "train.local_steps": 20,
+    "train.per_device_train_batch_size": 32,
+    "train.learning_rate": 0.03,
+    "peft.r": 8,
+    "peft.target_modules": "all-linear",
+}
+
+
+@pytest.fixture(scope="module")
+def federation(tmp_path_factory: pytest.TempPathFactory, base: Path) -> TinyFederation:
+    """Three parties that train until they know their examples."""
+    sizes = {"north": 20, "east": 20, "south": 20}
+    found = tiny_federation(tmp_path_factory.mktemp("audit"), base, sizes=sizes, job=MEMORISES)
+    for party in sizes:
+        # Held-out examples of the same kind as the training examples, under other numbers.
+        write_jsonl(found.folder / "data" / f"{party}-eval.jsonl", records(party, 60)[20:])
+    return found
+
+
+@pytest.fixture(scope="module")
+def audited(federation: TinyFederation) -> Audit:
+    return audit_job(federation.job(), canaries=90, output=federation.folder / "audited")
+
+
+def test_a_run_that_memorised_gives_its_members_away(audited: Audit) -> None:
+    assert [row["party"] for row in audited.membership] == ["north", "east", "south"]
+    for row in audited.membership:
+        assert (row["members"], row["non_members"], row["tpr_at_1_fpr"]) == (20, 40, None)
+    # Two standard errors of the mean of three.
+    assert np.mean([row["auc"] - 2 / 3**0.5 * row["auc_error"] for row in audited.membership]) > 0.5
+
+
+def test_a_model_that_is_not_tuned_gives_nothing_away(federation: TinyFederation) -> None:
+    from fedllm.job.job import Job
+
+    overrides = ["federation.num_rounds=1", "train.local_steps=1", "train.learning_rate=1e-9"]
+    job = Job.from_yaml(federation.job_file, overrides=overrides)
+    found = audit_job(job, parties=federation.parties(), canaries=90, output=federation.folder / "still")
+    assert found.canaries is not None and found.canaries["epsilon_lower_bound"] == 0.0
+    assert found.canaries["exposure_bits_mean"] < 2.5
+    assert all(abs(row["auc"] - 0.5) < 3 * row["auc_error"] for row in found.membership)
+
+
+def test_planted_canaries_are_told_from_those_left_out(audited: Audit) -> None:
+    found = audited.canaries
+    assert found is not None
+    assert found["canaries"] == 90 and 25 <= found["planted"] <= 65
+    assert 0.5 < found["epsilon_lower_bound"] < found["largest_possible_bound"]
+    assert found["exposure_bits_mean"] > 3.5
+    assert (audited.claim, audited.passes_claim) == (None, None)
+
+
+def test_auditing_the_run_again_finds_the_same(audited: Audit) -> None:
+    written = json.loads((audited.run / "audit.json").read_text())
+    again = audit_run(audited.run)
+    assert again.values() == audited.values() == written
+
+
+def test_nothing_that_is_written_or_shown_has_text_of_an_example(audited: Audit, federation: TinyFederation) -> None:
+    """Files made for the audit name counts; canaries are made again from the seed."""
+    texts = [(audited.run / name).read_text() for name in ("audit.json", "canaries.json")]
+    texts.append(repr(audited))
+    words = {word for record in records("north", 20) for word in record["completion"].split()}
+    assert words and not any(word in text for text in texts for word in words)
+    plan = json.loads(texts[1])
+    assert plan["parties"]["north"] == {"kind": "prompt_completion", "canaries": 30}
+    assert not list(audited.run.rglob("*train*"))
+
+
+@pytest.mark.parametrize(("epsilon", "passes"), [(0.1, True), (50.0, False)])
+def test_a_claim_is_refuted_by_a_larger_lower_bound(
+    epsilon: float, passes: bool, audited: Audit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "claimed", lambda job: Claim(epsilon, 1e-5))
+    found = audit_run(audited.run)
+    assert found.passes_claim is passes
+    assert found.canaries is not None and found.canaries["claimed_epsilon"] == epsilon
+
+
+def test_a_run_without_canaries_and_held_out_examples_has_nothing_to_audit(
+    make_federation: Callable[..., Any],
+) -> None:
+    party = {"data.eval": None, "data.eval_share": 0.0}
+    run = make_federation(party=party, job={"federation.num_rounds": 1, "train.local_steps": 1}).run()
+    with pytest.raises(ConfigError, match="DATA_EMPTY"):
+        audit_run(run.path)
+
+
+def test_only_parties_whose_own_model_is_here_are_judged(make_federation: Callable[..., Any]) -> None:
+    job = {"federation.lora_rule": "FedSA-LoRA", "federation.num_rounds": 1, "train.local_steps": 1}
+    run = make_federation(job=job).run()
+    assert [row["party"] for row in audit_run(run.path).membership] == ["north", "east", "south"]
+    shutil.rmtree(run.path / "parties" / "east" / "adapter")
+    assert [row["party"] for row in audit_run(run.path).membership] == ["north", "south"]
+
+
+@pytest.mark.parametrize("kind", ["prompt_completion", "text", "chat"])
+def test_canaries_have_the_form_of_the_party_s_examples(kind: Any) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}<bos>{{ m.role }}\n{{ m.content }}<eos>\n{% endfor %}{% if add_generation_prompt %}<bos>assistant\n{% endif %}"  # noqa: E501
+    settings = DataSettings(max_length=64)
+    found = CanaryMaker(tokenizer, settings, seed=3).make("north", kind, number=40, decoys=5)
+    again = CanaryMaker(tokenizer, settings, seed=3).make("north", kind, number=40, decoys=5)
+    assert found.canaries == again.canaries and np.array_equal(found.included, again.included)
+    assert len({each.input_ids for each in found.canaries}) == 40
+    assert len(found.decoys) == 5
+    assert all(each.num_targets > 3 and not each.truncated for each in found.canaries)
+    other = CanaryMaker(tokenizer, settings, seed=3).make("east", kind, number=40, decoys=0)
+    assert not set(found.canaries) & set(other.canaries)
+    prompts = {each.input_ids[:6] for each in found.canaries}
+    template = tokenise(Example(prompt="x", completion="y"), tokenizer, settings) if kind != "chat" else None
+    assert template is None or len(prompts) > 30
+
+
+def test_planted_copies_are_of_those_that_the_coin_chose() -> None:
+    found = CanaryMaker(make_tokenizer(), DataSettings(max_length=64), seed=3).make(
+        "north", "text", number=40, decoys=0
+    )
+    planted = found.planted(3)
+    assert len(planted) == 3 * found.included.sum()
+    assert set(planted) == {each for each, is_in in zip(found.canaries, found.included, strict=True) if is_in}
+
+
+def test_a_classifier_s_canaries_have_labels() -> None:
+    settings = DataSettings.model_validate({"task": "sequence_classification", "labels": ["red", "blue"]})
+    found = CanaryMaker(make_tokenizer(), settings, seed=3).make("north", "prompt_completion", number=40, decoys=0)
+    assert {each.label for each in found.canaries} == {0, 1}
+
+
+def test_canaries_that_cannot_be_trained_are_refused() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{{ 'a long opening ' * 9 }}{% for m in messages %}<bos>{{ m.role }}\n{{ m.content }}<eos>\n{% endfor %}{% if add_generation_prompt %}<bos>assistant\n{% endif %}"  # noqa: E501
+    with pytest.raises(DataError, match="DATA_NO_TARGET"):
+        CanaryMaker(tokenizer, DataSettings(max_length=8), seed=3).make("north", "chat", number=1, decoys=0)
