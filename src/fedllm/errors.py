@@ -82,6 +82,9 @@ CODES: dict[str, str] = {
     "RUN_UNFINISHED": "The run has no final adapter yet.",
     "STATE_CORRUPT": "Every generation of the run's state is damaged.",
     "DISK_FULL": "No space is left for the run folder.",
+    "BUDGET_EXHAUSTED": "One more round would spend more privacy than the job or a site allows.",
+    "LEDGER_BROKEN": "The ledger of spent privacy was deleted, shortened or changed.",
+    "GRADIENT_UNSURE": "The gradient of a single example cannot be had from this model, or is not right.",
     "AUDIT_BROKEN": "A site's audit log is not as it was written.",
     "AUDIT_LOCKED": "Another process holds a site's audit log for too long.",
     "UNEXPECTED": "A fault of fedllm itself; please report it.",
@@ -163,6 +166,12 @@ class SenderRefused(PayloadError):
 
 class RunFailed(FedllmError):
     """The run cannot go on, and resuming it as it is would fail again."""
+
+
+class BudgetExhausted(RunFailed):
+    """A round would spend more privacy than may be spent."""
+
+    exit_code = ExitCode.BUDGET
 
 
 class RunPaused(FedllmError):

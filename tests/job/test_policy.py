@@ -67,7 +67,11 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]] = {
         {"require_secure_aggregation": False},
         ("no secure aggregation", "this version"),
     ),
-    "max_epsilon": ({"max_epsilon": 8.0}, {"max_epsilon": None}, ("without differential privacy", "8")),
+    "max_epsilon": (
+        {"max_epsilon": 8.0},
+        {"max_epsilon": None},
+        ("without differential privacy", "8", "unit: example"),
+    ),
 }
 
 
@@ -83,8 +87,8 @@ def test_a_limit_refuses_what_passes_it_and_says_all(key: str) -> None:
 
 
 def test_every_limit_is_tested() -> None:
-    # The last is about approvals: tests/job/test_approval.py.
-    assert set(CASES) | {"require_approval"} == set(Limits.model_fields)
+    # The last are about approvals, tests/job/test_approval.py, and about private jobs, below.
+    assert set(CASES) | {"require_approval", "max_delta"} == set(Limits.model_fields)
 
 
 def test_without_limits_every_job_may_run() -> None:
@@ -181,3 +185,48 @@ def test_limits_out_of_range_are_refused(tmp_path: Any, limits: dict[str, Any]) 
     file = write_yaml(tmp_path / "party.yaml", {"name": "north", "data": {"train": "x"}, "limits": limits})
     with pytest.raises(ConfigError, match=f"BAD_VALUE.*limits.{next(iter(limits))}"):
         load_model(Party, file, overrides=[])
+
+
+def private_job(**asked: Any) -> Job:
+    return make_job(privacy={"differential_privacy": {"unit": "example", **asked}})
+
+
+@pytest.mark.parametrize(
+    ("asked", "keys"),
+    [
+        ({"epsilon": 3.0}, []),
+        ({"epsilon": 3.1}, ["max_epsilon"]),
+        # What follows from the noise is not known before the data are.
+        ({"noise_multiplier": 50.0}, ["max_epsilon"]),
+        ({"epsilon": 3.0, "delta": 1e-4}, ["max_delta"]),
+        ({"epsilon": 0.001, "delta": 0.01}, ["max_delta"]),
+    ],
+)
+def test_a_site_with_a_limit_runs_private_jobs_within_it(asked: dict[str, Any], keys: list[str]) -> None:
+    errors = check_policy(private_job(**asked), make_party(max_epsilon=3.0))
+    assert [error.where.rpartition(".")[2] for error in errors] == keys
+    assert check_policy(private_job(**asked), make_party()) == []
+
+
+def test_a_site_that_bears_a_larger_delta_says_so() -> None:
+    assert check_policy(private_job(epsilon=3.0, delta=1e-4), make_party(max_epsilon=3.0, max_delta=1e-4)) == []
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "words"),
+    [
+        ({"data": {"packing": True}}, "data.packing", "E07"),
+        ({"train": {"local_steps": 2, "bf16": True}}, "train.bf16", "float32"),
+        ({"train": {"local_steps": 2, "gradient_checkpointing": True}}, "train.gradient_checkpointing", "single"),
+        ({"train": {"local_steps": 2, "max_grad_norm": 0.5}}, "train.max_grad_norm", "clip_norm"),
+        ({"federation": {"num_rounds": 5, "weight_by": "tokens"}}, "federation.weight_by", "E05"),
+    ],
+)
+def test_what_breaks_the_bound_of_an_example_is_refused(section: dict[str, Any], key: str, words: str) -> None:
+    asked = {"privacy": {"differential_privacy": {"unit": "example", "epsilon": 3.0}}}
+    with pytest.raises(ConfigError) as caught:
+        check_job(make_job(**section, **asked), [])
+    assert (caught.value.code, caught.value.where) == ("BAD_COMBINATION", key)
+    assert words in str(caught.value)
+    check_job(make_job(**section), [])
+    check_job(make_job(**asked), [])

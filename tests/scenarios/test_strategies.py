@@ -16,6 +16,7 @@ from tiny import TinyFederation
 from fedllm.aggregate.lora import sites
 from fedllm.aggregate.server import DEFAULTS
 from fedllm.errors import ConfigError, RunFailed
+from fedllm.privacy.settings import PrivacySettings
 from fedllm.runtime.host import PartyHost
 from fedllm.runtime.plan import rehearse
 from fedllm.runtime.run import RunResult
@@ -326,6 +327,7 @@ def client() -> Client:
         pad_id=0,
         data=SimpleNamespace(train=[object()], held_out=[], common=[]),
         data_settings=None,
+        privacy=PrivacySettings(),
         train_settings=TrainSettings.model_validate(
             {"local_steps": 1, "learning_rate": 0.1, "optim": "sgd", "lr_scheduler_type": "constant"}
         ),

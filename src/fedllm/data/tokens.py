@@ -27,6 +27,7 @@ class TokenisedExample:
         target_bytes: UTF-8 bytes of the text that the targets spell, for perplexity per byte.
         apart: Whether the targets are a decoder's, and the other tokens an encoder's.
         label: Number of the label, the one target of a classifier; no token is one then.
+        group: Whose example it is, where training hides persons.
     """
 
     input_ids: tuple[int, ...] = field(repr=False)
@@ -35,6 +36,7 @@ class TokenisedExample:
     target_bytes: int
     apart: bool = False
     label: int | None = field(default=None, repr=False)
+    group: str | None = field(default=None, repr=False)
 
     @property
     def num_targets(self) -> int:

@@ -125,6 +125,26 @@ def _method_fits(job: Job) -> Iterator[ConfigError]:
         yield _clash(job, "peft.tinit", what, "lower `tinit` or `tfinal`, or raise `num_rounds`")
 
 
+def _private_training(job: Job) -> Iterator[ConfigError]:
+    """What noise on each example's gradient does not go with (E07)."""
+    if not job.privacy.differential_privacy.is_local:
+        return
+    if job.data.packing:
+        what = "differential privacy hides one example, and `packing: true` puts several into one row (E07)"
+        yield _clash(job, "data.packing", what, "set `packing: false`")
+    if job.train.bf16:
+        what = "the bound on each example's gradient is kept in float32, and `train.bf16` computes in bfloat16"
+        yield _clash(job, "train.bf16", what, "set `bf16: false`")
+    if job.train.gradient_checkpointing:
+        what = "`gradient_checkpointing` and the gradients of single examples do not go together"
+        fix = "set `gradient_checkpointing: false`, and a smaller `per_device_train_batch_size` to save memory"
+        yield _clash(job, "train.gradient_checkpointing", what, fix)
+    if job.train.max_grad_norm != type(job.train).model_fields["max_grad_norm"].default:
+        what = "`train.max_grad_norm` has no effect on gradients that are cut one by one"
+        fix = "leave it out; `privacy.differential_privacy.clip_norm` takes its place"
+        yield _clash(job, "train.max_grad_norm", what, fix)
+
+
 def _limits_of_tests(job: Job) -> Iterator[ConfigError]:
     if job.evaluate.test is None and job.evaluate.max_examples is not None:
         yield _clash(
@@ -175,6 +195,7 @@ RULES: tuple[Callable[[Job], Iterator[ConfigError]], ...] = (
     _precision,
     _quantised,
     _method_fits,
+    _private_training,
     _limits_of_tests,
     _warmup_within_run,
     _of_the_scenario,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from fedllm.errors import PolicyError, nearest
 from fedllm.job.party import Limits, Party
+from fedllm.privacy.differential import DifferentialPrivacySettings
 
 if TYPE_CHECKING:
     from fedllm.job.job import Job
@@ -51,7 +52,9 @@ def rules(job: Job, party: Party, *, upload: Upload | None = None, baseline: boo
         found += _parties(job, limits)
     if upload is not None:
         found += _upload(upload, limits)
-    return [*found, *_privacy(limits)]
+    # A yardstick of one party leaves nobody's hands.
+    asked = job.privacy.differential_privacy
+    return [*found, *_secure(limits), *(() if baseline else _private(asked, limits))]
 
 
 def check_policy(job: Job, party: Party, *, upload: Upload | None = None, baseline: bool = False) -> list[PolicyError]:
@@ -156,16 +159,28 @@ def _upload(upload: Upload, limits: Limits) -> Iterator[Rule]:
     yield _at_most("max_upload_bytes", upload.total, limits.max_upload_bytes, "bytes up in the whole run", fix)
 
 
-def _privacy(limits: Limits) -> Iterator[Rule]:
-    # Jobs of this version state neither, so a site that demands one refuses every job.
+def _secure(limits: Limits) -> Iterator[Rule]:
+    # Jobs of this version do not state it, so a site that demands it refuses every job.
     demanded = limits.require_secure_aggregation
     shown = "only jobs with secure aggregation" if demanded else "jobs without"
     fix = "this version has no secure aggregation: the site has to take the demand back, or to stay out"
     yield Rule("require_secure_aggregation", "no secure aggregation", shown, not demanded, fix)
-    most = limits.max_epsilon
+
+
+def _private(asked: DifferentialPrivacySettings, limits: Limits) -> Iterator[Rule]:
+    most, key = limits.max_epsilon, "privacy.differential_privacy"
     shown = "any" if most is None else f"an epsilon of {most:g} at most"
-    fix = "this version has no differential privacy: the site has to take the limit back, or to stay out"
-    yield Rule("max_epsilon", "training without differential privacy", shown, most is None, fix)
+    if asked.unit == "none":
+        what, fix = "training without differential privacy", f"set `{key}: {{unit: example, epsilon: {most}}}`"
+    elif asked.epsilon is None:
+        what, fix = "noise of which the epsilon is not said", f"set `{key}.epsilon` in place of noise_multiplier"
+    else:
+        what, fix = f"an epsilon of {asked.epsilon:g}", f"lower `{key}.epsilon`"
+    holds = most is None or (asked.epsilon is not None and asked.epsilon <= most)
+    yield Rule("max_epsilon", what, shown, holds, f"{fix}, {_ASK_SITE}")
+    if most is not None and asked.delta is not None:
+        allowed, fix = f"{limits.max_delta:g} at most", f"lower `{key}.delta`, {_ASK_SITE}"
+        yield Rule("max_delta", f"a delta of {asked.delta:g}", allowed, asked.delta <= limits.max_delta, fix)
 
 
 def _at_most(key: str, asked: int, most: int | None, unit: str, fix: str) -> Rule:

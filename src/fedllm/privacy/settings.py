@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from fedllm.privacy.differential import DifferentialPrivacySettings
+
 
 class SecureAggregationSettings(BaseModel):
     """Whether the server sees only sums of what parties send."""
@@ -28,4 +30,7 @@ class PrivacySettings(BaseModel):
 
     secure_aggregation: SecureAggregationSettings = Field(
         SecureAggregationSettings(), description="Sums of which the server sees no part."
+    )
+    differential_privacy: DifferentialPrivacySettings = Field(
+        DifferentialPrivacySettings(), description="Noise that hides single examples, persons or parties."
     )

@@ -9,10 +9,9 @@ from fedllm.runs.folder import RunFolder
 from fedllm.runtime.base import Link, Wanted
 from fedllm.runtime.host import PartyHost
 from fedllm.runtime.party_data import check_data_unchanged
-from fedllm.runtime.site import Site, open_host
+from fedllm.runtime.site import Site, open_host, trainer_for
 from fedllm.scenarios.base import TokenData
 from fedllm.train.base import LocalTrainer
-from fedllm.train.supervised import SupervisedTrainer
 from fedllm.wire.frame import Parcel
 
 
@@ -60,10 +59,10 @@ def local_hosts(
         site: What the process shares.
         data: Each party's tokens.
         run: The run folder.
-        trainer: The local trainer; supervised by default.
+        trainer: The local trainer; by default the one that the job asks for.
         on_step: Called after each step of a party's training.
     """
-    trainer = trainer or SupervisedTrainer()
+    trainer = trainer or trainer_for(site.job)
     for party, tokens in data.items():
         run.hold_party(party)
         check_data_unchanged(run, party, tokens)

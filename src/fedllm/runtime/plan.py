@@ -19,15 +19,16 @@ import torch
 from fedllm.job.job import Job, LocatedParty
 from fedllm.job.policy import Upload
 from fedllm.models.adapter import TunableModel
+from fedllm.privacy.differential import DifferentialPrivacySettings
+from fedllm.privacy.settings import PrivacySettings
 from fedllm.runs.folder import RunFolder
 from fedllm.runtime.driver import Driver
 from fedllm.runtime.federation import LinkedFederation
 from fedllm.runtime.local import InProcessLink, local_hosts
-from fedllm.runtime.site import Site, open_site, party_tokens
+from fedllm.runtime.site import Site, open_site, party_tokens, trainer_for
 from fedllm.runtime.validate import Facts
 from fedllm.scenarios.base import TokenData
-from fedllm.train.base import TrainSums, TrainTask
-from fedllm.train.supervised import SupervisedTrainer
+from fedllm.train.base import LocalTrainer, TrainSums, TrainTask
 from fedllm.wire.ledger import ByteLedger
 from fedllm.wire.payload import Tensors
 
@@ -143,7 +144,9 @@ def rehearse(job: Job, facts: Facts) -> Traffic:
     # Round 1 may differ: nobody holds yet what a change could be made to.
     usual = range(min(rounds, every) + 1, rounds + 1) if rounds > every else range(1, rounds + 1)
     federation = job.federation.model_copy(update={"num_rounds": rounds})
-    short = job.model_copy(update={"federation": federation}).located(job.base_dir)
+    # Nothing is trained, so there is nothing to hide, and nothing to pay for.
+    privacy = job.privacy.model_copy(update={"differential_privacy": DifferentialPrivacySettings()})
+    short = job.model_copy(update={"federation": federation, "privacy": privacy}).located(job.base_dir)
     with tempfile.TemporaryDirectory() as folder:
         run = RunFolder.create(Path(folder) / "run", job_digest=job.digest)
         ledger = _talk(short, facts, run)
@@ -269,9 +272,10 @@ def _probe(site: Site, data: dict[str, TokenData]) -> _Probe:
         tried = {name: tokens for name, tokens in data.items() if name == max(data, key=lambda n: len(data[n].train))}
         steps = job.train.model_copy(update={"local_steps": _PROBE_STEPS, "local_epochs": None})
         federation = job.federation.model_copy(update={"num_rounds": 1, "min_parties": 1})
-        short = job.model_copy(update={"train": steps, "federation": federation}).located(job.base_dir)
-        trainer = _Timed()
-        probe_site = Site(**{**vars(site), "job": short})
+        changes = {"train": steps, "federation": federation, "privacy": _of_any_noise(job)}
+        short = job.model_copy(update=changes).located(job.base_dir)
+        trainer = _Timed(trainer_for(job))
+        probe_site = Site(**{**vars(site), "job": short, "purses": {}})
         link = InProcessLink(local_hosts(probe_site, tried, run, trainer=trainer))
         line, started = job.table_line(), time.perf_counter()
         server = line.server(federation, seed=job.seed, common=job.evaluate.test is not None)
@@ -284,13 +288,25 @@ def _probe(site: Site, data: dict[str, TokenData]) -> _Probe:
     return _extrapolate(job, data, trainer.seconds / _PROBE_STEPS, evaluation)
 
 
-class _Timed(SupervisedTrainer):
-    seconds = 0.0
+def _of_any_noise(job: Job) -> PrivacySettings:
+    """Return the privacy of a job whose noise need not be computed: how much there is takes no time."""
+    asked = job.privacy.differential_privacy
+    if asked.epsilon is None:
+        return job.privacy
+    asked = asked.model_copy(update={"epsilon": None, "noise_multiplier": 1.0})
+    return job.privacy.model_copy(update={"differential_privacy": asked})
+
+
+class _Timed:
+    is_private = True
+
+    def __init__(self, trainer: LocalTrainer) -> None:
+        self._trainer, self.seconds = trainer, 0.0
 
     def train(self, task: TrainTask, optimizer: torch.optim.Optimizer) -> TrainSums:
         started = time.perf_counter()
         try:
-            return super().train(task, optimizer)
+            return self._trainer.train(task, optimizer)
         finally:
             self.seconds += time.perf_counter() - started
 

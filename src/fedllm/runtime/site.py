@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from fedllm.errors import ConfigError, DataError
 from fedllm.job.job import Job, LocatedParty
 from fedllm.models.adapter import TunableModel
 from fedllm.models.load import Base, find_base, load_base
+from fedllm.privacy.budget import Budget, Purse
 from fedllm.runs.folder import RunFolder
 from fedllm.runs.plan_files import versions
 from fedllm.runtime.base import Ready
@@ -28,15 +29,21 @@ from fedllm.runtime.delivery import deliver_own
 from fedllm.runtime.host import Blobs, PartyHost
 from fedllm.scenarios.base import ClientContext, ClientHalf, Log, TokenData
 from fedllm.train.base import LocalTrainer
-from fedllm.train.supervised import check_precision
+from fedllm.train.private import PrivateTrainer
+from fedllm.train.supervised import SupervisedTrainer, check_precision
 from fedllm.wire.payload import Tensors
 
 _MANY_ROUNDS = 10**9
+# Beside the party files, the run folders or a site's audit log: one ledger per party, for all runs.
+PURSE_FOLDER = "privacy"
 
 
 @dataclass
 class Site:
-    """A process's share of a run: one frozen base model, however many parties."""
+    """A process's share of a run: one frozen base model, however many parties.
+
+    `purses` says where each party keeps what has been spent of its privacy; by default it is beside the run folder.
+    """
 
     job: Job
     base: Base
@@ -47,6 +54,7 @@ class Site:
     common_digest: str
     template_digest: str
     deliver: Callable[[Site, RunFolder, str, Tensors], None] = deliver_own
+    purses: Mapping[str, Purse] = field(default_factory=dict)
 
 
 def base_folder(job: Job, parties: list[LocatedParty]) -> tuple[Path, str]:
@@ -102,6 +110,10 @@ def open_site(job: Job, parties: list[LocatedParty], *, base: Base | None = None
         common=common,
         common_digest=digest,
         template_digest=template_digest(base.tokenizer, settings),
+        purses={
+            located.party.name: Purse(located.base_dir / PURSE_FOLDER, located.party.limits.max_epsilon)
+            for located in parties
+        },
     )
 
 
@@ -212,6 +224,33 @@ def _ready(site: Site, rounds: list[int]) -> Ready:
     )
 
 
+def trainer_for(job: Job) -> LocalTrainer:
+    """Return the trainer that a job asks for.
+
+    Args:
+        job: The job.
+    """
+    return PrivateTrainer() if job.privacy.differential_privacy.is_local else SupervisedTrainer()
+
+
+def need_private(trainer: LocalTrainer) -> None:
+    """Raise where a trainer would not keep to the terms of private training.
+
+    Args:
+        trainer: The trainer.
+
+    Raises:
+        ConfigError: `BAD_COMBINATION`.
+    """
+    if not getattr(trainer, "is_private", False):
+        raise ConfigError(
+            "BAD_COMBINATION",
+            f"{type(trainer).__name__} does not bound the gradient of each example, so no epsilon would hold",
+            where="privacy.differential_privacy",
+            fix="leave the trainer out, or set `unit: none`",
+        )
+
+
 def open_host(
     site: Site,
     name: str,
@@ -230,8 +269,17 @@ def open_host(
         run: The run folder.
         trainer: The local trainer.
         on_step: Called after each optimiser step with (steps done, steps of the round).
+
+    Raises:
+        ConfigError: `BAD_COMBINATION`, the trainer does not keep to the job's privacy.
+        StateLost: `LEDGER_BROKEN`.
     """
     job, line = site.job, site.job.table_line()
+    states, budget = run.party_states(name), None
+    if job.privacy.differential_privacy.is_local:
+        need_private(trainer)
+        purse, own = site.purses.get(name) or Purse(run.path.parent / PURSE_FOLDER), run.path / "parties" / name
+        budget = Budget(purse, party=name, run_id=run.run_id, folder=own, trained=states.present())
 
     def open_client(log: Log) -> ClientHalf:
         context = ClientContext(
@@ -249,6 +297,7 @@ def open_host(
             log=log,
             on_step=on_step,
             deliver=partial(site.deliver, site, run, name),
+            budget=budget,
         )
         return line.client(context)
 
@@ -258,7 +307,7 @@ def open_host(
         kinds=line.kinds(),
         open_client=open_client,
         ready=partial(_ready, site),
-        states=run.party_states(name),
+        states=states,
         rows=run.party_rows(name),
         blobs=site.blobs,
         room=line.grown(job.federation, site.model.manifest, _MANY_ROUNDS, job.parties),

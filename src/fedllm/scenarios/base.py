@@ -15,6 +15,7 @@ from fedllm.data.tokens import TokenisedExample
 from fedllm.errors import PayloadError
 from fedllm.models.adapter import TunableModel
 from fedllm.models.settings import PeftSettings
+from fedllm.privacy.budget import Budget
 from fedllm.privacy.settings import PrivacySettings
 from fedllm.train.base import LocalTrainer
 from fedllm.train.settings import TrainSettings
@@ -216,7 +217,7 @@ class ClientContext:
     """What a client half may use; nothing of it leaves the party except through its replies.
 
     `settings` is the scenario's own; `log(round, split, values)` writes metrics that stay at the party, and
-    `deliver(tensors)` an adapter that is the party's alone.
+    `deliver(tensors)` an adapter that is the party's alone. `budget` pays for rounds of private training.
     """
 
     party: str
@@ -233,6 +234,7 @@ class ClientContext:
     log: Log
     on_step: Callable[[int, int], None] = lambda step, num_steps: None
     deliver: Callable[[Tensors], None] = lambda tensors: None
+    budget: Budget | None = None
 
 
 class ClientHalf(Protocol):

@@ -28,7 +28,7 @@ from fedllm.aggregate.lora import drift, travelling
 from fedllm.aggregate.robust import RobustSettings, Update, robust_mean
 from fedllm.aggregate.server import StrategySettings, server_step
 from fedllm.aggregate.slots import num_slots, slot_means
-from fedllm.errors import RunFailed, RunPaused
+from fedllm.errors import BudgetExhausted, RunFailed, RunPaused
 from fedllm.models.fresh import fresh_factors
 from fedllm.scenarios.base import (
     Federation,
@@ -200,6 +200,9 @@ class Server:
         else:
             return
         failed = ", ".join(f"{party}: {code}" for party, code in sorted(total.failures.items()))
+        if "BUDGET_EXHAUSTED" in total.failures.values():
+            fix = "deliver the last round, or ask the site for a larger budget (`limits.max_epsilon`)"
+            raise BudgetExhausted("BUDGET_EXHAUSTED", f"{what} ({failed})", where=f"round {number}", fix=fix)
         # Waiting can cure a slow party, and space a full disk; a party whose training diverged will diverge again.
         may_pass = set(total.failures.values()) <= {"ROUND_TIMEOUT", "DISK_FULL"}
         error = RunPaused if may_pass else RunFailed
@@ -322,5 +325,8 @@ SCENARIO = Scenario(
         "Each party sees the global adapter after every round; never another party's update or data. With FedSA-LoRA "
         "factor B stays at its party, and neither the server nor another party ever sees it.",
         "Rows, prompts and completions never leave a party. Updates can leak something of them: see the threat model.",
+        "With differential privacy each party adds its noise before anything leaves, and its updates tell of a unit "
+        "(example or person) no more than epsilon says. Not hidden: numbers of examples, sums of held-out losses, and "
+        "when a party answers.",
     ),
 )

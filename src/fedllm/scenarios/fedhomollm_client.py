@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from fedllm.aggregate.folded import check_folded, split
 from fedllm.aggregate.lora import answered, moving, sketch, travelling
@@ -24,8 +25,9 @@ from fedllm.scenarios.fedhomollm_messages import (
     prefixed,
     select,
 )
+from fedllm.scenarios.fedhomollm_private import PrivateTraining
 from fedllm.scenarios.fedhomollm_settings import meets_drift, rule_of
-from fedllm.train.base import TrainTask
+from fedllm.train.base import TrainSums, TrainTask
 from fedllm.train.corrections import Correction, control_variate, decoupled_proximal, next_control, proximal
 from fedllm.train.optimizer import learning_rates, load_optimizer_tensors, make_optimizer, optimizer_tensors
 from fedllm.wire.codecs import Codec
@@ -56,6 +58,8 @@ class Client:
             (settings.local_epochs or 0) * self._order.steps_per_epoch / settings.gradient_accumulation_steps
         )
         self._learning_rate = learning_rates(settings, total_steps=self._steps * context.settings.num_rounds)
+        is_private = context.privacy.differential_privacy.is_local
+        self._private = PrivateTraining(context, num_steps=self._steps) if is_private else None
 
     def handle(self, request: Payload, *, round_: int, deadline: float) -> Payload:
         """Return the answer to one request; see `ClientHalf`."""
@@ -89,24 +93,37 @@ class Client:
         if settings.optimizer_state == "reset":
             self._optimizer = make_optimizer(c.model.trainable, settings)
         moved = moving(self._rule, c.model.manifest, number)
-        corrections = self._corrections(request, start)
+        task = self._task(number, deadline, self._corrections(request, start))
+        if self._private:
+            task = replace(task, private=self._private.open(number, start, *self._remembered(request)))
         with c.model.only(moved), c.model.shrunk(number, c.settings.num_rounds):
-            sums = c.trainer.train(self._task(number, deadline, corrections), self._optimizer)
+            sums = c.trainer.train(task, self._optimizer)
         self._round = number
         end = c.model.read()
         self._keep_own(end)
         update = {name: end[name] - start[name] for name in answered(self._rule, moved, number)}
         if self._rank is not None:
             update = own_slots(update, self._rank)
-        counts = {name: float(getattr(sums, name)) for name in ("loss_nats", "tokens", "examples", "steps")}
-        last_rate = self._learning_rate(number * self._steps - 1)
-        mean = {"loss_nats": sums.loss_nats / max(sums.tokens, 1), "learning_rate": last_rate}
-        c.log(number, "train", counts | mean)
+        counts = self._counts(sums, number)
         tensors = prefixed("update", update) | prefixed("control", self._control_update(request, update, number))
         tensors = self._encoded(tensors, number)
         if meets_drift(c.settings):
             tensors |= prefixed("drift", sketch(end, seed=c.seed, number=number))
         return Summand(weight=self._weight(), counts=counts, tensors=tensors)
+
+    def _counts(self, sums: TrainSums, number: int) -> dict[str, float]:
+        """Return what is told of a round's training, and note it for the party."""
+        rate = {"learning_rate": self._learning_rate(number * self._steps - 1)}
+        if self._private:
+            self._c.log(number, "train", self._private.own_values() | rate)
+            return self._private.counts()
+        counts = {name: float(getattr(sums, name)) for name in ("loss_nats", "tokens", "examples", "steps")}
+        self._c.log(number, "train", counts | {"loss_nats": sums.loss_nats / max(sums.tokens, 1)} | rate)
+        return counts
+
+    def _remembered(self, request: Train) -> tuple[TensorMap, ...]:
+        """Return all that a round starts from beside the adapter."""
+        return request.control, self._kept.part("control"), optimizer_tensors(self._optimizer)
 
     def _was_counted(self, counted: dict[str, int]) -> bool:
         return counted.get(self._c.party, 0) == self._round

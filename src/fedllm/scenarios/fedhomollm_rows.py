@@ -8,6 +8,7 @@ from typing import Any
 
 from fedllm.evaluate.loss import LossSums
 from fedllm.scenarios.base import Row, Total
+from fedllm.scenarios.fedhomollm_private import SPENT
 
 
 def loss_sums(total: Total) -> LossSums:
@@ -49,8 +50,12 @@ def train_rows(number: int, total: Total) -> list[Row]:
     values = {name: total.counts.get(name) for name in ("tokens", "examples", "steps")}
     loss, tokens = total.counts.get("loss_nats"), values["tokens"]
     values["loss_nats"] = loss / tokens if loss is not None and tokens else None
+    spent = {name: value for name, value in total.counts.items() if name.startswith(SPENT)}
     norm = math.sqrt(sum(float(t.double().square().sum()) for t in total.means.values()))
-    return rows_of(number, None, "train", values) + rows_of(number, None, None, {"update_norm": norm})
+    rows = rows_of(number, None, "train", values) + rows_of(number, None, None, {"update_norm": norm})
+    for name, value in spent.items():
+        rows += rows_of(number, name.removeprefix(SPENT), None, {"epsilon_spent": value})
+    return rows
 
 
 def rows_of(number: int, party: str | None, split: str | None, values: Mapping[str, float | None]) -> list[Row]:

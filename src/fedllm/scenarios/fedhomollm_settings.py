@@ -13,6 +13,7 @@ from fedllm.aggregate.server import StrategySettings
 from fedllm.models.settings import PeftSettings
 from fedllm.privacy.settings import PrivacySettings
 from fedllm.scenarios.base import ScenarioSettings
+from fedllm.scenarios.fedhomollm_privacy import clashes_of_noise
 from fedllm.train.settings import TrainSettings
 from fedllm.wire.codecs import CodecSettings
 from fedllm.wire.patch import DownSettings
@@ -102,6 +103,7 @@ def clashes(
     if settings.ranks:
         yield from _clashes_of_ranks(settings, peft, parties)
     yield from _clashes_of_robust(settings, peft, parties)
+    yield from clashes_of_noise(settings, privacy.differential_privacy)
 
 
 def _clashes_of_scaffold(settings: Settings, train: TrainSettings) -> Iterator[Clash]:

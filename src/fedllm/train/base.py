@@ -12,6 +12,7 @@ from fedllm.data.batches import BatchOrder
 from fedllm.data.settings import DataSettings
 from fedllm.data.tokens import TokenisedExample
 from fedllm.models.adapter import TunableModel
+from fedllm.privacy.rounds import PrivateRound
 from fedllm.train.corrections import Correction
 from fedllm.train.settings import TrainSettings
 
@@ -22,7 +23,7 @@ class TrainTask:
 
     `first_step` and `num_steps` count optimiser steps of the whole run, so that the order of the data and the
     learning rate are functions of the round and not of what happened before it. `corrections` are called after
-    clipping, right before each step of the optimiser.
+    clipping, right before each step of the optimiser. Where training is private, `private` has its terms.
     """
 
     party: str
@@ -40,6 +41,7 @@ class TrainTask:
     deadline: float
     on_step: Callable[[int, int], None] = lambda step, num_steps: None
     corrections: Sequence[Correction] = ()
+    private: PrivateRound | None = None
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,10 @@ class TrainSums:
 
 
 class LocalTrainer(Protocol):
-    """Runs `task.num_steps` optimiser steps on `task.model` in place."""
+    """Runs `task.num_steps` optimiser steps on `task.model` in place.
+
+    One that keeps to `task.private` says so by an attribute `is_private` that is true.
+    """
 
     def train(self, task: TrainTask, optimizer: torch.optim.Optimizer) -> TrainSums:
         """Return the sums of the round.

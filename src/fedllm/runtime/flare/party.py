@@ -16,6 +16,7 @@ from fedllm.job.approval import admit
 from fedllm.job.job import Job, LocatedParty
 from fedllm.job.loading import load_model
 from fedllm.job.party import Party
+from fedllm.privacy.budget import Purse
 from fedllm.runs.audit_log import AUDIT_FILE, AuditLog
 from fedllm.runs.control import read_object
 from fedllm.runs.folder import RunFolder, attach
@@ -28,7 +29,7 @@ from fedllm.runtime.freshness import Freshness
 from fedllm.runtime.guard import Guard
 from fedllm.runtime.host import PartyHost
 from fedllm.runtime.local import local_hosts
-from fedllm.runtime.site import open_site, party_tokens
+from fedllm.runtime.site import PURSE_FOLDER, open_site, party_tokens
 from fedllm.runtime.validate import upload_limits
 from fedllm.wire.blob import Blob, in_place
 from fedllm.wire.frame import Frame, Parcel, encode, pack, unpack
@@ -123,7 +124,8 @@ def _opened(kit: Kit, seal: Seal, asked: dict[str, Any], run_id: str, desk: Desk
     if approval is not None:
         job = job.located(Path(approval.base_dir))
     run = attach(site / "state" / "runs" / run_id, run_id=run_id, job_digest=job.digest)
-    loaded = open_site(job, [located])
+    purses = {kit.name: Purse(site / PURSE_FOLDER, party.limits.max_epsilon)}
+    loaded = replace(open_site(job, [located]), purses=purses)
     if refused := upload_limits(job, [located], loaded.model):
         raise refused[0]
 
