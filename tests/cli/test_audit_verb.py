@@ -44,10 +44,10 @@ def test_a_job_is_run_with_canaries_and_the_claim_decides_the_exit_code(
     code, out, _ = call("audit", path, "--json")
     assert code == 0 and data_of(out)["canaries"]["copies"] == 2
 
-    monkeypatch.setattr(audit, "claimed", lambda job: Claim(1.0, 1e-5))
+    monkeypatch.setattr(audit, "claimed", lambda job, run: Claim(1.0, 1e-5, "example"))
     code, out, _ = call("audit", path)
     assert code == 0 and "epsilon 2.000: not refuted" in out
-    monkeypatch.setattr(audit, "claimed", lambda job: Claim(-1.0, 0.0))
+    monkeypatch.setattr(audit, "claimed", lambda job, run: Claim(-1.0, 0.0, "example"))
     code, out, _ = call("audit", path)
     assert code == ExitCode.BUDGET and "REFUTED" in out
     code, out, _ = call("audit", path, "--json")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,14 @@ from fedllm.data.formats import Example
 from fedllm.data.settings import DataSettings
 from fedllm.data.tokens import tokenise
 from fedllm.errors import ConfigError, DataError
+from fedllm.privacy import noise
+from fedllm.privacy.accountant import Mechanism, epsilon_of
 from fedllm.privacy.canaries import CanaryMaker
+from fedllm.privacy.rounds import PrivateRound
+from fedllm.runs import folder
 from fedllm.runtime import audit as module
 from fedllm.runtime.audit import Audit, Claim, audit_job, audit_run
+from fedllm.runtime.site import PURSE_FOLDER
 
 MEMORISES = {
     "federation.num_rounds": 2,
@@ -91,11 +97,68 @@ def test_nothing_that_is_written_or_shown_has_text_of_an_example(audited: Audit,
     assert not list(audited.run.rglob("*train*"))
 
 
+NOISE = {"unit": "example", "epsilon": 1.0, "accountant": "RDP"}
+
+
+@pytest.fixture
+def one_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every run draw the same noise: its key and its id are part of it."""
+    monkeypatch.setattr(noise.secrets, "token_bytes", lambda count: bytes(range(count)))
+    monkeypatch.setattr(folder.uuid, "uuid4", lambda: uuid.UUID(int=7))
+
+
+@pytest.mark.parametrize(("share", "passes"), [(1.0, False), (0.0, True), (1 / 120, True)])
+def test_the_claim_holds_with_noise_and_is_refuted_without(
+    share: float, passes: bool, make_federation: Callable[..., Any], one_key: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second is the power control: an audit that finds nothing without noise proves nothing with it.
+
+    The third is a mistake that is easily made: noise of the right size on the mean in place of the sum.
+    """
+    plan = MEMORISES | {"train.local_steps": 10, "train.per_device_train_batch_size": 64}
+    plan |= {"privacy.differential_privacy": NOISE}
+    tiny = make_federation(sizes={"north": 4, "east": 4, "south": 4}, job=plan)
+    normals = PrivateRound.normals
+    monkeypatch.setattr(PrivateRound, "normals", lambda self, *words: share * normals(self, *words))
+    found = audit_job(tiny.job(), canaries=120, output=tiny.folder / "audited")
+    assert found.claim == Claim(1.0, 1e-5, "example")
+    assert found.canaries is not None and found.passes_claim is passes
+    assert (found.canaries["epsilon_lower_bound"] > 1.0) is passes
+    if not passes:
+        assert found.canaries["exposure_bits_mean"] < 2.5
+        assert max(row["auc"] - 3 * row["auc_error"] for row in found.membership) < 0.5
+
+
+def test_an_audit_is_not_charged_to_the_sites_ledgers(make_federation: Callable[..., Any]) -> None:
+    job = {"privacy.differential_privacy": NOISE | {"unit": "group", "group_by": "who"}, "federation.num_rounds": 1}
+    tiny = make_federation(job=job, party={"limits": {"max_epsilon": 1.0}})
+    for party in ("north", "east", "south"):
+        rows = [record | {"who": f"person {i % 3}"} for i, record in enumerate(records(party, 9))]
+        write_jsonl(tiny.folder / "data" / f"{party}.jsonl", rows)
+    for name in ("one", "two"):
+        found = audit_job(tiny.job(), canaries=20, copies=2, output=tiny.folder / name)
+        # All copies are one person's, so the claim is that for one.
+        assert found.canaries is not None and found.canaries["claimed_epsilon"] == 1.0
+    assert not (tiny.folder / "parties" / PURSE_FOLDER).exists()
+
+
+def test_where_the_job_names_the_noise_the_claim_is_what_was_spent(make_federation: Callable[..., Any]) -> None:
+    asked = {"unit": "example", "noise_multiplier": 1.5, "accountant": "RDP"}
+    tiny = make_federation(sizes={"north": 4, "south": 9}, job={"privacy.differential_privacy": asked})
+    found = audit_job(tiny.job(), canaries=20, copies=2, output=tiny.folder / "audited")
+    planted = found.run / "parties"
+    sizes = [json.loads((planted / name / "data.json").read_text())["train_examples"] for name in ("north", "south")]
+    spent = [epsilon_of([Mechanism(3 / size, 1.5, 4)], delta=1e-5, accountant="RDP") for size in sizes]
+    assert found.claim is not None and found.claim.epsilon == pytest.approx(max(spent), rel=1e-6)
+    assert found.canaries is not None
+    assert found.canaries["claimed_epsilon"] == pytest.approx(2 * max(spent), rel=1e-6)
+
+
 @pytest.mark.parametrize(("epsilon", "passes"), [(0.1, True), (50.0, False)])
 def test_a_claim_is_refuted_by_a_larger_lower_bound(
     epsilon: float, passes: bool, audited: Audit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "claimed", lambda job: Claim(epsilon, 1e-5))
+    monkeypatch.setattr(module, "claimed", lambda job, run: Claim(epsilon, 1e-5, "example"))
     found = audit_run(audited.run)
     assert found.passes_claim is passes
     assert found.canaries is not None and found.canaries["claimed_epsilon"] == epsilon

@@ -116,6 +116,6 @@ def _canary_lines(values: dict[str, Any]) -> list[str]:
         f"so many canaries can show {values['largest_possible_bound']:.3f}",
     ]
     if claim is None:
-        return [*lines, "claim     none: the job has no differential privacy"]
+        return [*lines, "claim     none that is known here"]
     refuted = "REFUTED: more was lost than is claimed" if bound > claim else "not refuted"
     return [*lines, f"claim     epsilon {claim:.3f}: {refuted}"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -76,7 +76,8 @@ class CanaryMaker:
             DataError: `DATA_NO_TARGET`, no token of a canary would be trained within `max_length`.
         """
         draws = stream(self._seed, "canaries", party, kind)
-        made = [self._tokens(self._example(draws, kind)) for _ in range(number + decoys)]
+        # Where persons are hidden each canary is one, with all of its copies.
+        made = [replace(self._tokens(self._example(draws, kind)), group=f"canary {i}") for i in range(number + decoys)]
         # Coins of their own: whoever knows the canaries knows nothing of what was planted.
         included = stream(self._seed, "canaries included", party).random(number) < 0.5
         return CanarySet(made[:number], included, made[number:])

@@ -17,15 +17,17 @@ from fedllm.evaluate.loss import example_losses
 from fedllm.job.check import check_job
 from fedllm.job.job import Job, LocatedParty, load_parties
 from fedllm.privacy.auditing import SIGNIFICANCE, Guesses, LowerBound, epsilon_lower_bound, group_claim, one_run_audit
+from fedllm.privacy.budget import Purse
 from fedllm.privacy.canaries import CanaryMaker, CanarySet
 from fedllm.privacy.membership import area_under_curve, exposure, membership
 from fedllm.runs.folder import RunFolder, check_free
 from fedllm.runs.jsonl import write_json
+from fedllm.runs.metrics import run_rows
 from fedllm.runs.plan_files import read_plan, write_plan
 from fedllm.runtime.judge import final_models, final_tensors
 from fedllm.runtime.local import InProcessLink, local_hosts
 from fedllm.runtime.run import Watch, carry_out, concluding
-from fedllm.runtime.site import Site, data_settings, open_site, party_examples, party_tokens
+from fedllm.runtime.site import PURSE_FOLDER, Site, data_settings, open_site, party_examples, party_tokens
 from fedllm.scenarios.base import TokenData
 from fedllm.seeds import stream
 from fedllm.wire.payload import Tensors
@@ -42,10 +44,15 @@ _DELTA = 1e-5
 
 @dataclass(frozen=True)
 class Claim:
-    """What a job promises of each example of a party."""
+    """What a job promises of each unit: an example, a person's examples (group), or a party."""
 
     epsilon: float
     delta: float
+    unit: str
+
+    def for_copies(self, copies: int) -> tuple[float, float]:
+        """Return (epsilon, delta) for a canary that is planted several times; only examples are hidden one by one."""
+        return group_claim(self.epsilon, self.delta, copies if self.unit == "example" else 1)
 
 
 @dataclass(frozen=True)
@@ -66,16 +73,24 @@ class Audit:
         return asdict(self) | {"run": str(self.run)}
 
 
-def claimed(job: Job) -> Claim | None:
-    """Return the differential privacy that a job claims for an example, or None.
+def claimed(job: Job, run: Path) -> Claim | None:
+    """Return the differential privacy that a job claims; None where it claims none, or not here.
 
     Args:
         job: The job.
+        run: Its run folder. Where the job names the noise and not epsilon, what was spent is there.
     """
-    found = getattr(job.privacy, "differential_privacy", None)
-    if found is None or not getattr(found, "enabled", True):
+    asked = job.privacy.differential_privacy
+    if asked.unit == "none":
         return None
-    return Claim(float(found.epsilon), float(found.delta))
+    epsilon, delta, _ = asked.limits
+    if math.isinf(epsilon):
+        spent = [row["value"] for row in run_rows(run) if row["name"] == "epsilon_spent"]
+        if not spent:
+            return None
+        # Each party hides its own examples: the largest holds for all.
+        epsilon = max(spent)
+    return Claim(epsilon, delta, asked.unit)
 
 
 def audit_job(
@@ -95,7 +110,7 @@ def audit_job(
         job: The job.
         parties: Its party files; by default `parties/NAME.yaml` beside the job file.
         canaries: Canaries of all parties together.
-        copies: How often each is planted; the claim is then that for a group of so many examples.
+        copies: How often each is planted. A claim for an example is then that for a group of so many.
         output: The run folder; by default `runs/NAME-DIGEST-audit`.
         watch: Callbacks for a live view.
 
@@ -106,7 +121,9 @@ def audit_job(
     check_job(job, parties)
     path = output or Path("runs") / f"{job.name}-{job.digest[:8]}-audit"
     check_free(path)
-    site = open_site(job, parties)
+    # What is spent in an audit is not released, so the sites' own ledgers have no part in it.
+    purses = {located.party.name: Purse(path / PURSE_FOLDER) for located in parties}
+    site = replace(open_site(job, parties), purses=purses)
     plan, data = _planted(site, parties, canaries=canaries, copies=copies)
     run = RunFolder.create(path, job_digest=job.digest)
     try:
@@ -173,7 +190,7 @@ def _audit(path: Path, site: Site, parties: list[LocatedParty]) -> Audit:
             where=str(path),
             fix="set `data.eval` or `data.eval_share` in party.yaml, or audit the job: `fedllm audit job.yaml`",
         )
-    claim = claimed(site.job)
+    claim = claimed(site.job, path)
     found = attack.canaries(_canary_sets(site, plan), plan["copies"], claim) if plan else None
     passes = None
     if claim and found:
@@ -206,7 +223,7 @@ class _Attack:
         """Return the lower bound of epsilon over all parties' canaries, and how exposed the planted ones are."""
         tried = [self._tried(party, found) for party, found in sets.items() if self._is_here(party)]
         scores, included = (np.concatenate([getattr(each, name) for each in tried]) for name in ("scores", "included"))
-        epsilon, delta = group_claim(claim.epsilon, claim.delta, copies) if claim else (None, _DELTA)
+        epsilon, delta = claim.for_copies(copies) if claim else (None, _DELTA)
         values = _bound_values(one_run_audit(scores, included, delta=delta))
         planted = {"canaries": len(included), "planted": int(included.sum()), "copies": copies}
         return planted | {"claimed_epsilon": epsilon} | values | _exposure_values(tried)
