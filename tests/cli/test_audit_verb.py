@@ -27,7 +27,7 @@ def test_a_run_has_a_table_of_members(call: Call, federation: TinyFederation) ->
     assert "AUC" in out and "too few" in out and "none were planted" in out
     code, out, _ = call("audit", run, "--json")
     found = data_of(out)
-    assert (code, found["canaries"], found["claim"], found["passes_claim"]) == (0, None, None, None)
+    assert (code, found["canaries"], found["claim"], found["refutes_claim"]) == (0, None, None, None)
     assert [row["party"] for row in found["membership"]] == ["north", "east", "south"]
 
 

@@ -14,6 +14,7 @@ from fedllm.privacy.auditing import (
     epsilon_lower_bound,
     group_claim,
     guess,
+    largest_bound,
     one_run_audit,
     p_value,
 )
@@ -100,6 +101,12 @@ def test_an_audit_of_perfect_scores_finds_what_so_many_canaries_can_show() -> No
     best = max(epsilon_lower_bound(guess(included * 1.0, included, r), 0.0, significance=SIGNIFICANCE / len(SHARES))
                for r in (10, 30, 100))  # fmt: skip
     assert found.epsilon == best > 1.9
+    assert found.epsilon <= largest_bound(100, 0.0)
+
+
+def test_the_largest_bound_is_that_of_right_guesses_and_even_coins() -> None:
+    included = np.arange(100) % 2 == 0
+    assert one_run_audit(included * 1.0, included, delta=1e-5).epsilon == largest_bound(100, 1e-5)
 
 
 @pytest.mark.parametrize("size", [1, 2, 5])

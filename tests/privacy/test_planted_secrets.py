@@ -72,9 +72,11 @@ def test_planted_secrets_are_extracted_and_noise_hides_them(rig: Rig) -> None:
     for noise in (0.0, enough):
         rig.trained(examples, batch=len(examples), noise=noise, steps=steps)
         bits = exposure(rig.change(made.canaries), rig.change(made.decoys))
-        said = sum(extracted(rig.model.model, each) for each in made.canaries)
-        found.append(([float(bits[copies == times].mean()) for times in (1, 4, 16)], said))
-    (plain, said_plain), (noisy, said_noisy) = found
+        said = np.array([extracted(rig.model.model, each) for each in made.canaries])
+        found.append([(float(bits[copies == n].mean()), int(said[copies == n].sum())) for n in (1, 4, 16)])
+    plain, noisy = found
     # Of 9.0 bits at most; a rank at random has 1.4 bits on average, with an error of 0.35 over 17 secrets.
-    assert plain[0] > 4 and plain[1] > 8 and plain[2] > 8.9 and said_plain > 10
-    assert max(noisy[:2]) < 2.5 and noisy[2] < 5 and said_noisy <= 1
+    assert plain[0][0] > 4 and plain[1][0] > 8 and plain[2][0] > 8.9
+    assert plain[0][1] == 0 and plain[2][1] == 16
+    assert noisy[0][0] < 2.5 and noisy[1][0] < 2.5 and noisy[2][0] < 5
+    assert sum(said for _, said in noisy) <= 1

@@ -77,7 +77,7 @@ def test_planted_canaries_are_told_from_those_left_out(audited: Audit) -> None:
     assert found["canaries"] == 90 and 25 <= found["planted"] <= 65
     assert 0.5 < found["epsilon_lower_bound"] < found["largest_possible_bound"]
     assert found["exposure_bits_mean"] > 3.5
-    assert (audited.claim, audited.passes_claim) == (None, None)
+    assert (audited.claim, audited.refutes_claim) == (None, None)
 
 
 def test_auditing_the_run_again_finds_the_same(audited: Audit) -> None:
@@ -122,7 +122,7 @@ def test_the_claim_holds_with_noise_and_is_refuted_without(
     monkeypatch.setattr(PrivateRound, "normals", lambda self, *words: share * normals(self, *words))
     found = audit_job(tiny.job(), canaries=120, output=tiny.folder / "audited")
     assert found.claim == Claim(1.0, 1e-5, "example")
-    assert found.canaries is not None and found.passes_claim is passes
+    assert found.canaries is not None and found.refutes_claim is passes
     assert (found.canaries["epsilon_lower_bound"] > 1.0) is passes
     if not passes:
         assert found.canaries["exposure_bits_mean"] < 2.5
@@ -160,7 +160,7 @@ def test_a_claim_is_refuted_by_a_larger_lower_bound(
 ) -> None:
     monkeypatch.setattr(module, "claimed", lambda job, run: Claim(epsilon, 1e-5, "example"))
     found = audit_run(audited.run)
-    assert found.passes_claim is passes
+    assert found.refutes_claim is passes
     assert found.canaries is not None and found.canaries["claimed_epsilon"] == epsilon
 
 

@@ -62,7 +62,7 @@ def audit(  # noqa: PLR0913 - each is an option of the command
         job = Job.from_yaml(target, overrides=overrides)
         with live_view(quiet=quiet) as watch:
             found = audit_job(job, canaries=canaries or 200, copies=copies or 1, output=output, watch=watch)
-    code = ExitCode.BUDGET if found.passes_claim else ExitCode.OK
+    code = ExitCode.BUDGET if found.refutes_claim else ExitCode.OK
     if as_json:
         print_json(found.values(), status="refuted" if code else "ok", exit_code=code)
     else:

@@ -100,6 +100,17 @@ def one_run_audit(
     return max(tried, key=lambda bound: (bound.epsilon, bound.best.guesses))
 
 
+def largest_bound(canaries: int, delta: float, *, shares: Sequence[float] = SHARES) -> float:
+    """Return the bound that an audit finds whose every guess is right: so many canaries can show no larger one.
+
+    Args:
+        canaries: How many, m.
+        delta: The delta of the claim, in [0, 1].
+        shares: As for `one_run_audit`.
+    """
+    return epsilon_lower_bound(Guesses(canaries, canaries, canaries), delta, significance=SIGNIFICANCE / len(shares))
+
+
 def group_claim(epsilon: float, delta: float, size: int) -> tuple[float, float]:
     """Return what (epsilon, delta) for one example promises for a group of examples.
 

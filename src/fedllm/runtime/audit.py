@@ -16,7 +16,7 @@ from fedllm.errors import ConfigError
 from fedllm.evaluate.loss import example_losses
 from fedllm.job.check import check_job
 from fedllm.job.job import Job, LocatedParty, load_parties
-from fedllm.privacy.auditing import SIGNIFICANCE, Guesses, LowerBound, epsilon_lower_bound, group_claim, one_run_audit
+from fedllm.privacy.auditing import SIGNIFICANCE, LowerBound, group_claim, largest_bound, one_run_audit
 from fedllm.privacy.budget import Purse
 from fedllm.privacy.canaries import CanaryMaker, CanarySet
 from fedllm.privacy.membership import area_under_curve, exposure, membership
@@ -57,7 +57,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class Audit:
-    """What an audit found; `passes_claim` is whether more was lost than the job claims, None where it claims nothing.
+    """What an audit found; `refutes_claim` is whether more was lost than that, None where it claims nothing.
 
     `membership` has a row for each party on this machine; `canaries` is None where none were planted.
     """
@@ -66,7 +66,7 @@ class Audit:
     claim: Claim | None
     membership: list[dict[str, Any]]
     canaries: dict[str, Any] | None
-    passes_claim: bool | None
+    refutes_claim: bool | None
 
     def values(self) -> dict[str, Any]:
         """Return all of it, ready for JSON."""
@@ -267,13 +267,12 @@ class _Tried:
 
 
 def _bound_values(bound: LowerBound) -> dict[str, Any]:
-    number = bound.best.canaries
     return {
         "epsilon_lower_bound": bound.epsilon,
         "delta": bound.delta,
         "confidence": 1 - SIGNIFICANCE,
         # A bound near it says that there were too few canaries.
-        "largest_possible_bound": epsilon_lower_bound(Guesses(number, number, number), bound.delta),
+        "largest_possible_bound": largest_bound(bound.best.canaries, bound.delta),
         "guesses": bound.best.guesses,
         "correct": bound.best.correct,
     }
