@@ -1,7 +1,7 @@
 """The noise of private training under the strongest audit: each canary has a direction of its own to be looked for in.
 
-Such canaries (Dirac gradients, see Nasr et al. 2023, arXiv:2302.07956) see noise that is too small by a factor of three,
-where an audit by losses sees only noise that is missing. Everything but the model is what a run uses.
+Such canaries (Dirac gradients, see Nasr et al. 2023, arXiv:2302.07956) see noise that is too small by a factor of
+three, where an audit by losses sees only noise that is missing. Everything but the model is what a run uses.
 """
 
 from __future__ import annotations
