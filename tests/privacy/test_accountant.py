@@ -9,7 +9,6 @@ import sys
 import warnings
 
 import dp_accounting
-import numpy as np
 import pytest
 from dp_accounting.pld import privacy_loss_distribution
 
@@ -58,14 +57,11 @@ def by_distribution(rate: float, noise: float, steps: int, delta: float) -> floa
     return float(loss.self_compose(steps).get_epsilon_for_delta(delta))
 
 
-def by_opacus(rate: float, noise: float, steps: int, delta: float) -> float:
+def by_opacus(rate: float, noise: float, steps: int, delta: float, *, whole: bool) -> float:
     from opacus.accountants.analysis import rdp
 
-    ours = dp_accounting.rdp.RdpAccountant()
-    ours.compose(dp_accounting.PoissonSampledDpEvent(rate, dp_accounting.GaussianDpEvent(noise)), steps)
-    # Orders between whole numbers do not all converge in dp-accounting at large rates, which only costs.
-    orders = [order for order, spent in zip(ours._orders, ours._rdp, strict=True) if np.isfinite(spent)]
-    # The best order may be the last one.
+    orders = [order for order in dp_accounting.rdp.RdpAccountant()._orders if not whole or order == int(order)]
+    # The best order may be the last one, which is warned of.
     with warnings.catch_warnings(action="ignore"):
         spent = rdp.compute_rdp(q=rate, noise_multiplier=noise, steps=steps, orders=orders)
         return float(rdp.get_privacy_spent(orders=orders, rdp=spent, delta=delta)[0])
@@ -75,12 +71,13 @@ def test_two_hundred_settings_are_never_below_others_and_at_most_one_percent_abo
     wrong = []
     for number, (rate, noise, steps, delta) in enumerate(settings_of(200)):
         found = epsilon_of(one(rate, noise, steps), delta=delta, accountant="RDP")
-        expected = by_opacus(rate, noise, steps, delta)
-        if not expected * (1 - 1e-6) <= found <= expected * 1.01:
-            wrong.append(("RDP", rate, noise, steps, delta, found, expected))
+        # Between whole orders opacus sums a series, and dp-accounting takes a bound, which is above it.
+        least, most = (by_opacus(rate, noise, steps, delta, whole=whole) for whole in (False, True))
+        if not least * (1 - 1e-6) <= found <= most * 1.01:
+            wrong.append(("RDP", rate, noise, steps, delta, found, least, most))
         if number % 8 == 0:
             # Seconds each: every eighth.
-            tight, expected = epsilon_of(one(rate, noise, steps), delta=delta, accountant="PLD"), 0.0
+            tight = epsilon_of(one(rate, noise, steps), delta=delta, accountant="PLD")
             expected = by_distribution(rate, noise, steps, delta)
             if not expected * (1 - 1e-6) <= tight <= expected * 1.01 or tight > found * 1.001:
                 wrong.append(("PLD", rate, noise, steps, delta, tight, expected))

@@ -130,11 +130,13 @@ def test_the_claim_holds_with_noise_and_is_refuted_without(
 
 
 def test_an_audit_is_not_charged_to_the_sites_ledgers(make_federation: Callable[..., Any]) -> None:
-    job = {"privacy.differential_privacy": NOISE | {"unit": "group", "group_by": "who"}, "federation.num_rounds": 1}
+    job = {"privacy.differential_privacy": NOISE | {"unit": "group"}, "data.group_by": "who"}
+    job |= {"federation.num_rounds": 1}
     tiny = make_federation(job=job, party={"limits": {"max_epsilon": 1.0}})
     for party in ("north", "east", "south"):
         rows = [record | {"who": f"person {i % 3}"} for i, record in enumerate(records(party, 9))]
-        write_jsonl(tiny.folder / "data" / f"{party}.jsonl", rows)
+        for name in (f"{party}.jsonl", f"{party}-eval.jsonl"):
+            write_jsonl(tiny.folder / "data" / name, rows)
     for name in ("one", "two"):
         found = audit_job(tiny.job(), canaries=20, copies=2, output=tiny.folder / name)
         # All copies are one person's, so the claim is that for one.

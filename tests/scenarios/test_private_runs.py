@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from typing import Any
 
 import pytest
-from rounds import broken_and_resumed
-from tiny import TinyFederation
+from rounds import broken_and_resumed, own_adapters
+from tiny import TinyFederation, write_jsonl
 
+from fedllm.errors import BudgetExhausted, ConfigError, ExitCode, FedllmError, StateLost
 from fedllm.privacy.accountant import Mechanism, epsilon_of
 from fedllm.privacy.ledger import Ledger
 from fedllm.runs.jsonl import read_rows
+from fedllm.runtime.plan import make_plan
+from fedllm.runtime.run import Watch, read_result, resume
+from fedllm.runtime.validate import validate
+from fedllm.train.supervised import SupervisedTrainer
 
 Make = Callable[..., TinyFederation]
 SIZES = {"north": 6, "south": 9}
@@ -68,3 +74,136 @@ def test_two_runs_have_other_noise(make_federation: Make) -> None:
     federation = make_federation(sizes=SIZES, job=PLAN | {"federation.num_rounds": 1})
     assert federation.run("one").adapter_sha256 != federation.run("two").adapter_sha256
     assert len({charge.run for charge in ledger_of(federation, "north").charges()}) == 2
+
+
+def test_a_run_with_an_epsilon_ends_within_it(make_federation: Make) -> None:
+    asked = {"unit": "example", "epsilon": 4.0}
+    federation = make_federation(sizes=SIZES, job=PLAN | {"privacy.differential_privacy": asked})
+    result = federation.run()
+    last = [row for row in result.rows() if row["name"] == "epsilon_spent" and row["round"] == 3]
+    assert {row["party"] for row in last} == set(SIZES)
+    assert all(3.9 < row["value"] <= 4.0 for row in last)
+    plan = make_plan(federation.job(), federation.parties(), validate(federation.job(), federation.parties()))
+    assert [(found.party, found.num_units) for found in plan.noise] == list(SIZES.items())
+    told = {row["party"]: row["value"] for row in last}
+    assert {found.party: found.epsilon for found in plan.noise} == pytest.approx(told, rel=1e-6)
+    # A plan is no run: nothing was paid for it.
+    assert len(ledger_of(federation, "north").charges()) == 3
+    most = max(told.values())
+    for file in ("report.html", "adapter/README.md"):
+        text = (result.path / file).read_text(encoding="utf-8")
+        assert f"{most:.3f}" in text and "per example at delta 1e-05" in text and "PLD accountant" in text, file
+    assert "No differential privacy was applied" not in text
+
+
+def test_a_site_ends_a_run_before_the_round_that_would_pass_its_limit(make_federation: Make) -> None:
+    """The first run leaves too little of the site's budget for a second one."""
+    asked = {"unit": "example", "epsilon": 4.0, "accountant": "RDP"}
+    federation = make_federation(
+        sizes=SIZES, job=PLAN | {"privacy.differential_privacy": asked}, party={"limits": {"max_epsilon": 5.0}}
+    )
+    federation.run("first")
+    with pytest.raises(BudgetExhausted) as caught:
+        federation.run("second")
+    assert (caught.value.code, caught.value.exit_code) == ("BUDGET_EXHAUSTED", ExitCode.BUDGET)
+    result = read_result(federation.folder / "second")
+    assert result is not None and (result.status, result.rounds) == ("FAILED", caught_round(caught.value) - 1)
+    charges = ledger_of(federation, "north").charges()
+    assert len(charges) == 3 + result.rounds
+    mechanisms = [charge.mechanism for charge in charges]
+    assert epsilon_of(mechanisms, delta=1e-5, accountant="RDP") <= 5.0
+    assert epsilon_of([*mechanisms, mechanisms[-1]], delta=1e-5, accountant="RDP") > 5.0
+
+
+def caught_round(error: FedllmError) -> int:
+    return int(error.where.removeprefix("round "))
+
+
+def test_a_run_whose_ledger_was_deleted_does_not_go_on(make_federation: Make) -> None:
+    federation = make_federation(sizes=SIZES, job=PLAN)
+
+    def stop(number: int, rows: Any) -> None:
+        if number == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        federation.run(watch=Watch(on_round=stop))
+    for file in (federation.folder / "parties" / "privacy").iterdir():
+        file.unlink()
+    with pytest.raises(StateLost) as caught:
+        resume(federation.folder / "run")
+    assert caught.value.code == "LEDGER_BROKEN"
+
+
+def test_all_examples_of_a_person_are_one_unit(make_federation: Make) -> None:
+    asked = {"unit": "group", "noise_multiplier": 1.5, "accountant": "RDP"}
+    changes = {"privacy.differential_privacy": asked, "data.group_by": "who", "train.per_device_train_batch_size": 1}
+    federation = make_federation(sizes=SIZES, job=PLAN | changes)
+    for party in SIZES:
+        rows = read_rows(federation.folder / "data" / f"{party}.jsonl")
+        write_jsonl(
+            federation.folder / "data" / f"{party}.jsonl",
+            [row | {"who": f"person {number % 4}"} for number, row in enumerate(rows)],
+        )
+        held = read_rows(federation.folder / "data" / f"{party}-eval.jsonl")
+        write_jsonl(federation.folder / "data" / f"{party}-eval.jsonl", [row | {"who": "another"} for row in held])
+    assert federation.run().status == "SUCCESS"
+    charges = ledger_of(federation, "south").charges()
+    assert [(charge.unit, charge.sampling_rate) for charge in charges] == [("group", 1 / 4)] * 3
+
+
+def test_a_record_that_names_nobody_is_refused_where_persons_count(make_federation: Make) -> None:
+    asked = {"unit": "group", "noise_multiplier": 1.5}
+    federation = make_federation(
+        sizes=SIZES, job=PLAN | {"privacy.differential_privacy": asked, "data.group_by": "who"}
+    )
+    with pytest.raises(FedllmError) as caught:
+        federation.run()
+    assert caught.value.code == "DATA_BROKEN_LINE" and "names nobody" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"privacy.differential_privacy": {"unit": "group", "noise_multiplier": 1.0}}, "differential_privacy.unit"),
+        ({"data.group_by": "who"}, "data.group_by"),
+    ],
+)
+def test_persons_need_a_column_and_a_column_needs_persons(
+    make_federation: Make, changes: dict[str, Any], key: str
+) -> None:
+    federation = make_federation(sizes=SIZES, job=PLAN | {"privacy.differential_privacy": None} | changes)
+    with pytest.raises(ConfigError) as caught:
+        federation.run()
+    assert caught.value.code == "BAD_COMBINATION" and "group" in str(caught.value)
+
+
+def test_a_trainer_that_bounds_nothing_is_refused(make_federation: Make) -> None:
+    federation = make_federation(sizes=SIZES, job=PLAN)
+    with pytest.raises(ConfigError, match="SupervisedTrainer"):
+        federation.run(trainer=SupervisedTrainer())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"federation.strategy": {"name": "SCAFFOLD"}, "train.optim": "sgd"},
+        {"federation.lora_rule": "RoLoRA"},
+        {"federation.lora_rule": "FedSA-LoRA"},
+        {"federation.codec": {"name": "int8", "error_feedback": True}},
+        {"federation.strategy": {"name": "FedProx"}},
+        {"peft": {"peft_type": "ADALORA", "target_modules": ["q_proj"]}},
+    ],
+    ids=["SCAFFOLD", "RoLoRA", "FedSA", "codec", "FedProx", "AdaLoRA"],
+)
+def test_what_follows_from_noisy_training_alone_goes_with_it_and_survives_a_break(
+    make_federation: Make, one_key: None, changes: dict[str, Any]
+) -> None:
+    changes = {"federation.num_rounds": 4} | changes
+    federation = make_federation(sizes=SIZES, job=PLAN | changes)
+    expected = federation.run("unbroken")
+    shutil.rmtree(federation.folder / "parties" / "privacy")
+    found = broken_and_resumed(federation, after=2)
+    assert found.adapter_sha256 == expected.adapter_sha256
+    assert own_adapters(found) == own_adapters(expected)
+    assert len(ledger_of(federation, "north").charges()) == 4

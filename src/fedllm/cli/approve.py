@@ -88,8 +88,7 @@ def _show(found: Consequences, desk: Desk) -> None:
     up = f"{size(found.bytes_up_per_round)} in a round, {size(found.bytes_up_in_all)} in all"
     typer.echo(f"goes out   at most {up}")
     typer.echo(f"comes in   about {size(found.bytes_down_per_round)} in a round")
-    epsilon = "none: the job gives no differential privacy" if found.epsilon is None else f"{found.epsilon:g}"
-    typer.echo(f"epsilon    {epsilon}")
+    typer.echo(f"privacy    {found.noise}")
     typer.echo(f"answers    {', '.join(found.operations)}")
     if found.operations_refused:
         typer.echo(f"refuses    {', '.join(found.operations_refused)}")

@@ -36,6 +36,8 @@ def plan(job_file: JobFile, *, overrides: Overrides = None, as_json: AsJson = Fa
         f"memory     about {size(found.peak_memory_bytes)} with one base model for all parties here; "
         f"{size(found.party_memory_bytes)} of it for each party's optimiser"
     )
+    for noise in found.noise:
+        typer.echo(f"privacy    {noise.party}: {noise.text}")
     typer.echo("who sees what:")
     for line in found.who_learns_what:
         typer.echo(f"  - {line}")

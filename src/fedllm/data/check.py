@@ -151,7 +151,7 @@ def check_data(
     Raises:
         DataError: The source is not there, or a file of it cannot be read at all.
     """
-    columns = ColumnMap(source.format, source.columns, settings.dataset_text_field, settings.task)
+    columns = ColumnMap(source.format, source.columns, settings.dataset_text_field, settings.task, settings.group_by)
     scan = scan_source(source.train, base_dir=base_dir, split=source.train_split, column_map=columns)
     tokenised = _tokenise(scan, tokenizer, settings)
     refusals: list[FedllmError] = list(scan.refusals)

@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from fedllm.errors import nearest
@@ -58,13 +58,15 @@ class Message:
 class Example:
     """One training example in canonical form: a chat, a prompt with its completion, or plain text.
 
-    Equal examples are duplicates. The repr shows no content, so that a log cannot hold a row.
+    `group` names the person that it is of, where that counts. Equal examples are duplicates. The repr shows no content,
+    so that a log cannot hold a row.
     """
 
     messages: tuple[Message, ...] = ()
     prompt: str | None = None
     completion: str | None = None
     text: str | None = None
+    group: str | None = None
 
     def __post_init__(self) -> None:
         forms = (bool(self.messages), self.prompt is not None, self.text is not None)
@@ -111,12 +113,14 @@ class ColumnMap:
         columns: Canonical name -> name in the file, for those that differ.
         text_field: Column of plain text, `dataset_text_field` of the job.
         task: What is learnt: classification has a layout of its own.
+        group_by: Column that names the person.
     """
 
     format: str = "auto"
     columns: Mapping[str, str] = field(default_factory=dict)
     text_field: str = "text"
     task: TaskName = CAUSAL_LM
+    group_by: str | None = None
 
     def name_of(self, canonical: str) -> str:
         """Return the name that a canonical column has in the file."""
@@ -166,7 +170,14 @@ class ColumnMap:
             if column not in used and fields.get(column):
                 raise BadRecord(f"has `{column}`, which layout `{layout}` does not use")
         canonical = {name: fields.get(self.name_of(name)) for name in canonical_columns(layout)}
-        return LAYOUTS[layout].build(canonical)
+        example = LAYOUTS[layout].build(canonical)
+        return replace(example, group=self._group_of(fields)) if self.group_by else example
+
+    def _group_of(self, fields: Mapping[str, Any]) -> str:
+        group = fields.get(self.group_by or "")
+        if group is None or not str(group).strip():
+            raise BadRecord(f"names nobody in `{self.group_by}`")
+        return str(group)
 
 
 def content_digest(examples: Iterable[Example]) -> str:

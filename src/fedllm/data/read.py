@@ -81,7 +81,7 @@ def read_examples(
             `DATA_COLUMN_MISSING`, `DATA_BROKEN_LINE` or `DATA_EMPTY`.
     """
     settings = settings or DataSettings()
-    column_map = ColumnMap(format, dict(columns or {}), settings.dataset_text_field, settings.task)
+    column_map = ColumnMap(format, dict(columns or {}), settings.dataset_text_field, settings.task, settings.group_by)
     scan = scan_source(source, base_dir=base_dir, split=split, column_map=column_map)
     if scan.refusals:
         raise scan.refusals[0]
@@ -121,7 +121,7 @@ def read_party_data(source: DataSource, *, base_dir: Path, settings: DataSetting
 def split_held_out(
     examples: Sequence[Example], share: float, *, seed: int, party: str
 ) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
-    """Return (training, held-out) examples; equal examples always land on the same side.
+    """Return (training, held-out) examples; equal ones, and all of a person, always land on the same side.
 
     About `share` of the examples are held out, at least one; both sides keep the order of the file. With many
     duplicates the held-out side may be smaller than asked for.
@@ -139,9 +139,9 @@ def split_held_out(
 
     if share == 0:
         return tuple(examples), ()
-    groups: dict[Example, list[int]] = {}
+    groups: dict[Example | str, list[int]] = {}
     for i, example in enumerate(examples):
-        groups.setdefault(example, []).append(i)
+        groups.setdefault(example.group or example, []).append(i)
     if len(groups) < 2:
         raise DataError(
             "DATA_EMPTY",

@@ -66,6 +66,11 @@ class DataSettings(BaseModel):
         "all parties need the same bytes.",
     )
     dataset_text_field: str = Field(default="text", min_length=1, description="Column that holds plain text.")
+    group_by: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Column that names the person an example is of; for `privacy.differential_privacy.unit: group`.",
+    )
 
     @field_validator("labels")
     @classmethod

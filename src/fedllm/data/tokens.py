@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from fedllm.data.formats import Example, Message
@@ -46,7 +46,7 @@ class TokenisedExample:
 
 @dataclass(frozen=True)
 class TokenReport:
-    """Counts over a tokenised data set; `tokens`, `target_tokens`, `target_bytes` are of the examples kept."""
+    """Counts over a tokenised data set; from `tokens` on they are of the examples kept. `groups` are persons."""
 
     examples: int
     kept: int
@@ -55,6 +55,7 @@ class TokenReport:
     tokens: int
     target_tokens: int
     target_bytes: int
+    groups: int = 0
 
 
 @dataclass
@@ -126,6 +127,7 @@ def tokenise_all(
         tokens=sum(len(example.input_ids) for example in kept),
         target_tokens=sum(example.num_targets for example in kept),
         target_bytes=sum(example.target_bytes for example in kept),
+        groups=len({example.group for example in kept} - {None}),
     )
 
 
@@ -213,7 +215,8 @@ def _tokenise_numbered(
     number: int, example: Example, tokenizer: PreTrainedTokenizerBase, settings: DataSettings
 ) -> TokenisedExample:
     try:
-        return tokenise(example, tokenizer, settings)
+        found = tokenise(example, tokenizer, settings)
+        return replace(found, group=example.group) if example.group else found
     except DataError as error:
         where = error.where or f"example {number}"
         raise DataError(error.code, error.what, where=where, fix=error.fix) from None

@@ -125,6 +125,16 @@ def _method_fits(job: Job) -> Iterator[ConfigError]:
         yield _clash(job, "peft.tinit", what, "lower `tinit` or `tfinal`, or raise `num_rounds`")
 
 
+def _persons(job: Job) -> Iterator[ConfigError]:
+    has_group = job.privacy.differential_privacy.unit == "group"
+    if has_group and job.data.group_by is None:
+        what = "`unit: group` hides all examples of a person, and no column names the person"
+        yield _clash(job, "privacy.differential_privacy.unit", what, "set `data.group_by` to that column")
+    if not has_group and job.data.group_by is not None:
+        what = "`data.group_by` has no effect without `privacy.differential_privacy.unit: group`"
+        yield _clash(job, "data.group_by", what, "set that unit, or leave `group_by` out")
+
+
 def _private_training(job: Job) -> Iterator[ConfigError]:
     """What noise on each example's gradient does not go with (E07)."""
     if not job.privacy.differential_privacy.is_local:
@@ -195,6 +205,7 @@ RULES: tuple[Callable[[Job], Iterator[ConfigError]], ...] = (
     _precision,
     _quantised,
     _method_fits,
+    _persons,
     _private_training,
     _limits_of_tests,
     _warmup_within_run,

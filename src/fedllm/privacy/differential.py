@@ -21,7 +21,7 @@ _NOISE: dict[str, Any] = {
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "none": {},
     "example": _NOISE,
-    "group": {**_NOISE, "group_by": None},
+    "group": _NOISE,
 }
 # Above this the promise is that someone is exposed.
 _LARGEST_DELTA = 0.01
@@ -48,7 +48,6 @@ class DifferentialPrivacySettings(BaseModel):
     accountant: AccountantName | None = Field(
         None, description="How the loss is added up: PLD, which is tight, or RDP, which is quick and above it."
     )
-    group_by: str | None = Field(None, min_length=1, description="group: the column that names the person.")
 
     @model_validator(mode="before")
     @classmethod
@@ -62,8 +61,6 @@ class DifferentialPrivacySettings(BaseModel):
         if (self.epsilon is None) == (self.noise_multiplier is None):
             state = "both missing" if self.epsilon is None else "both given"
             raise ValueError(f"epsilon and noise_multiplier are {state}; give one of them, the other follows from it")
-        if self.unit == "group" and self.group_by is None:
-            raise ValueError("unit group needs group_by, the column of the data that names the person; set it")
         return self
 
     @property

@@ -32,5 +32,5 @@ class PrivacySettings(BaseModel):
         SecureAggregationSettings(), description="Sums of which the server sees no part."
     )
     differential_privacy: DifferentialPrivacySettings = Field(
-        DifferentialPrivacySettings(), description="Noise that hides single examples, persons or parties."
+        DifferentialPrivacySettings(), description="Noise that hides single examples or persons."
     )

@@ -11,7 +11,7 @@ from typing import Any
 from fedllm.models.settings import OWN_TYPES
 from fedllm.runs.charts import number_text
 from fedllm.runs.jsonl import Row
-from fedllm.runs.report_data import RunRecord, added, read_run
+from fedllm.runs.report_data import RunRecord, added, privacy_text, read_run
 from fedllm.runs.report_panels import delivery_text, score_text
 from fedllm.tasks import AUTO_CLASSES, CAUSAL_LM, CLASSIFICATION, SEQ2SEQ_LM, Task, TaskName
 
@@ -38,15 +38,20 @@ _PIPELINES: dict[TaskName, str] = {
 _SPLITS = {"common": "Test set that no party trained on", "held_out": "Held-out data of the parties"}
 
 # These sections say how the adapter was trained. The others name parties and folders, which stay private.
-_SECTIONS = ("federation.", "peft.", "train.")
+_SECTIONS = ("federation.", "peft.", "train.", "privacy.")
 
 _PROTECTION = """## What was and what was not protected
 
 - Each party's examples stayed on its own machines. Adapter updates, example counts and losses were sent.
 - **Updates were not hidden from the server.** This was plain federated averaging without secure aggregation: whoever
   runs the server could look at a single party's update, and an update can tell something about the data behind it.
-- **No differential privacy was applied.** There is no bound on what this adapter remembers of single examples; do not
-  publish it if that matters before you have tested what it gives away.
+"""
+_NO_NOISE = """- **No differential privacy was applied.** There is no bound on what this adapter remembers of single
+  examples; do not publish it if that matters before you have tested what it gives away.
+"""
+_NOISE = """- **Differential privacy was applied** by each party in its training: {text}. What this adapter tells of a
+  single {unit} of the training data is bounded by it. Held-out examples, by which a round may have been chosen,
+  numbers of examples, and what other runs on the same data told are not in this figure.
 """
 
 
@@ -74,21 +79,33 @@ def model_card(run: Path) -> str:
             intro,
             _training(record, parties),
             _result_text(record, results),
-            _PROTECTION,
+            _PROTECTION + _noise_text(record),
             _loading(base, _task(record), own=record.setting("peft.peft_type") in OWN_TYPES),
             _provenance(record),
         ]
     )
 
 
-def own_card(name: str, base: str, task: Task) -> str:
+def _noise_text(record: RunRecord) -> str:
+    text = privacy_text(record)
+    if text is None:
+        return _NO_NOISE
+    return _NOISE.format(text=plain_markdown(text), unit=record.setting("privacy.differential_privacy.unit"))
+
+
+def own_card(name: str, base: str, task: Task, *, hides: str = "none") -> str:
     """Return the README.md of an adapter that is one party's own; it names no party.
 
     Args:
         name: The job.
         base: The base model, without the folders above it.
         task: What it is tuned to do.
+        hides: The unit of the job's differential privacy.
     """
+    bound = "without differential privacy: there is no bound on what it remembers of\nthem."
+    if hides != "none":
+        bound = f"with differential privacy per {hides}; the run's report says how\nmuch was spent."
+    bound += " Do not publish it if that matters before you have tested what it gives away."
     return f"""---
 library_name: peft
 pipeline_tag: {_PIPELINES[task.name]}
@@ -101,8 +118,7 @@ An adapter for {code_span(one_line(base))}, made with fedllm by FedSA-LoRA: fact
 job, factor B is this party's own and never left its site. The other parties have other adapters, and there is none for
 all.
 
-B was trained on this party's examples alone, without differential privacy: there is no bound on what it remembers of
-them. Do not publish it if that matters before you have tested what it gives away.
+B was trained on this party's examples alone, {bound}
 
 {_loading(one_line(base), task)}"""
 

@@ -19,7 +19,7 @@ from fedllm.job.party import Party
 from fedllm.runs.folder import RunFolder, now, run_identity
 from fedllm.runs.jsonl import write_json
 
-LIBRARIES = ("fedllm", "torch", "transformers", "peft", "safetensors", "numpy")
+LIBRARIES = ("fedllm", "torch", "transformers", "peft", "safetensors", "numpy", "dp-accounting")
 
 
 def versions() -> dict[str, str]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from fedllm.disk import write_atomic
 from fedllm.runs.charts import Drawing, number_text
-from fedllm.runs.report_data import RunRecord, added, read_run
+from fedllm.runs.report_data import RunRecord, added, privacy_text, read_run
 from fedllm.runs.report_events import clock_text, event_rows, event_summary, failures_of
 from fedllm.runs.report_panels import (
     bytes_chart,
@@ -171,8 +171,16 @@ def _figures(record: RunRecord) -> list[tuple[str, str, str]]:
         ("Delivered round", number_text(delivered), delivery_text(record)),
         ("Traffic", size_text(up + down or None), f"{size_text(up)} up, {size_text(down)} down" if up + down else ""),
         ("Time in rounds", seconds_text(at_server or None), "at the server"),
-        ("Examples trained on", number_text(examples or None), "repeats counted"),
+        _last_figure(record, examples),
     ]
+
+
+def _last_figure(record: RunRecord, examples: float) -> tuple[str, str, str]:
+    if privacy := privacy_text(record):
+        # How many examples were drawn has had no noise, so nobody counts them.
+        figure, _, remark = privacy.removeprefix("epsilon ").partition(" per ")
+        return ("Epsilon spent", figure, f"per {remark}")
+    return ("Examples trained on", number_text(examples or None), "repeats counted")
 
 
 def _comparison(record: RunRecord) -> dict[str, Any]:
@@ -249,6 +257,8 @@ def _provenance(record: RunRecord) -> dict[str, Any]:
     own = record.result.get("adapter_sha256")
     digests = [(key.replace("_", " "), value) for key, value in found.items() if key.endswith("_digest") and value]
     facts = {key: found.get(key) for key in ("scenario", "model_name_or_path", "seed", "num_threads", "run_id")}
+    hides = record.setting("privacy.differential_privacy.unit")
+    facts["privacy"] = "no differential privacy" if hides == "none" else privacy_text(record)
     facts["started"] = f"{clock_text(found['started'])} UTC" if found.get("started") else None
     return {
         "digests": [*digests, ("adapter SHA-256", own)] if own else digests,

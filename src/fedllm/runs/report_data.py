@@ -144,6 +144,27 @@ class Metrics:
         return {n: statistics.fmean(values[n] for values in each if n in values) for n in numbers}
 
 
+def privacy_text(record: RunRecord) -> str | None:
+    """Return what a run spent of its parties' privacy, as a sentence; None where it hid nothing.
+
+    The parties' data are apart, so the run's epsilon is that of the party with the largest one.
+
+    Args:
+        record: What the run folder says.
+    """
+    key = "privacy.differential_privacy"
+    unit = record.setting(f"{key}.unit")
+    if unit in (None, "none"):
+        return None
+    each = record.metrics.by_party("epsilon_spent").values()
+    spent = max((value for values in each for value in values.values()), default=None)
+    versions = record.provenance.get("versions")
+    library = versions.get("dp-accounting", "") if isinstance(versions, dict) else ""
+    how = f"Poisson samples, {record.setting(f'{key}.accountant')} accountant, dp-accounting {library}".strip()
+    epsilon = "not known" if spent is None else f"{spent:.3f}"
+    return f"epsilon {epsilon} per {unit} at delta {record.setting(f'{key}.delta'):g} ({how})"
+
+
 def added(parts: Iterable[Values]) -> Values:
     """Return the sum of several metrics, by round.
 

@@ -9,7 +9,7 @@ from fedllm.data.settings import DataSource, local_path
 from fedllm.errors import ConfigError, nearest
 from fedllm.job.job import Job, LocatedParty
 from fedllm.job.policy import Rule, Upload, check_policy, refused_operations, rules
-from fedllm.runtime.plan import rehearse, steps_per_round
+from fedllm.runtime.plan import foreseen_noise, rehearse, steps_per_round
 from fedllm.runtime.validate import Facts, PartyFacts, validate
 
 
@@ -44,6 +44,7 @@ class Consequences:
     bytes_up_in_all: int
     bytes_down_per_round: int
     epsilon: float | None
+    noise: str
     operations: list[str]
     operations_refused: list[str]
     who_learns_what: tuple[str, ...]
@@ -77,7 +78,7 @@ def consequences(job: Job, located: LocatedParty) -> Consequences:
 
 def _told(job: Job, located: LocatedParty, facts: Facts, *, upload: Upload, bytes_down: int) -> Consequences:
     (here,) = facts.parties
-    refused = refused_operations(job, located.party)
+    refused, noise = refused_operations(job, located.party), foreseen_noise(job, here)
     requests = job.table_line().operations(job.federation)
     return Consequences(
         job=job.name,
@@ -95,7 +96,8 @@ def _told(job: Job, located: LocatedParty, facts: Facts, *, upload: Upload, byte
         bytes_up_per_round=upload.per_round,
         bytes_up_in_all=upload.total,
         bytes_down_per_round=bytes_down,
-        epsilon=None,
+        epsilon=noise.epsilon if noise else None,
+        noise=noise.text if noise else "none: the job gives no differential privacy",
         operations=[name for name in requests if name not in refused],
         operations_refused=list(refused),
         who_learns_what=job.table_line().who_learns_what,

@@ -60,9 +60,9 @@ def deliver_own(site: Site, run: RunFolder, party: str, tensors: Tensors) -> Non
         tensors: Its adapter.
     """
     folder = own_adapter(run.path, party)
-    write_adapter(
-        tensors, folder, job=site.job, base=site.folder, card=own_card(site.job.name, site.folder.name, site.job.task)
-    )
+    job = site.job
+    card = own_card(job.name, site.folder.name, job.task, hides=job.privacy.differential_privacy.unit)
+    write_adapter(tensors, folder, job=job, base=site.folder, card=card)
 
 
 def own_adapter(run: Path, party: str) -> Path:

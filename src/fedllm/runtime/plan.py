@@ -25,8 +25,9 @@ from fedllm.runs.folder import RunFolder
 from fedllm.runtime.driver import Driver
 from fedllm.runtime.federation import LinkedFederation
 from fedllm.runtime.local import InProcessLink, local_hosts
+from fedllm.runtime.noise import NoiseAt, noise_at
 from fedllm.runtime.site import Site, open_site, party_tokens, trainer_for
-from fedllm.runtime.validate import Facts
+from fedllm.runtime.validate import Facts, PartyFacts
 from fedllm.scenarios.base import TokenData
 from fedllm.train.base import LocalTrainer, TrainSums, TrainTask
 from fedllm.wire.ledger import ByteLedger
@@ -50,6 +51,7 @@ class Plan:
     peak_memory_bytes: int
     party_memory_bytes: int
     who_learns_what: tuple[str, ...]
+    noise: tuple[NoiseAt, ...]
 
 
 def make_plan(job: Job, parties: list[LocatedParty], facts: Facts) -> Plan:
@@ -78,6 +80,7 @@ def make_plan(job: Job, parties: list[LocatedParty], facts: Facts) -> Plan:
         peak_memory_bytes=probe.peak_bytes + others,
         party_memory_bytes=per_party,
         who_learns_what=job.table_line().who_learns_what,
+        noise=tuple(found for party in facts.parties if (found := foreseen_noise(job, party))),
     )
 
 
@@ -320,6 +323,21 @@ def _extrapolate(job: Job, data: dict[str, TokenData], per_step: float, evaluati
     per_round = steps * per_step + (evaluation * examples / largest / every if every else 0.0)
     peak = psutil.Process().memory_info().rss
     return _Probe(per_step, job.federation.num_rounds * per_round, peak)
+
+
+def foreseen_noise(job: Job, facts: PartyFacts) -> NoiseAt | None:
+    """Return what a job means for a party's privacy; None where it hides nothing.
+
+    Args:
+        job: The job.
+        facts: The party's, from `validate`.
+
+    Raises:
+        ConfigError: `BAD_VALUE`, no noise is enough.
+    """
+    counts = facts.train
+    steps = steps_per_round(job, counts.kept)
+    return noise_at(job, facts.party, examples=counts.kept, groups=counts.groups, steps=steps)
 
 
 def steps_per_round(job: Job, num_examples: int) -> int:
