@@ -24,6 +24,7 @@ from fedllm.privacy.rounds import PrivateRound
 from fedllm.runs import folder
 from fedllm.runtime import audit as module
 from fedllm.runtime.audit import Audit, Claim, audit_job, audit_run
+from fedllm.runtime.run import Watch, resume
 from fedllm.runtime.site import PURSE_FOLDER
 
 MEMORISES = {
@@ -137,11 +138,28 @@ def test_an_audit_is_not_charged_to_the_sites_ledgers(make_federation: Callable[
         rows = [record | {"who": f"person {i % 3}"} for i, record in enumerate(records(party, 9))]
         for name in (f"{party}.jsonl", f"{party}-eval.jsonl"):
             write_jsonl(tiny.folder / "data" / name, rows)
-    for name in ("one", "two"):
-        found = audit_job(tiny.job(), canaries=20, copies=2, output=tiny.folder / name)
-        # All copies are one person's, so the claim is that for one.
-        assert found.canaries is not None and found.canaries["claimed_epsilon"] == 1.0
+    found = audit_job(tiny.job(), canaries=20, copies=2, output=tiny.folder / "audited")
+    # All copies are one person's, so the claim is that for one.
+    assert found.canaries is not None and found.canaries["claimed_epsilon"] == 1.0
     assert not (tiny.folder / "parties" / PURSE_FOLDER).exists()
+
+
+def test_an_audit_that_broke_off_is_gone_on_with_and_finds_the_same(make_federation: Callable[..., Any]) -> None:
+    tiny = make_federation()
+    whole = audit_job(tiny.job(), canaries=20, output=tiny.folder / "whole")
+
+    def stop(number: int, rows: Any) -> None:
+        if number == 1:
+            raise KeyboardInterrupt
+
+    path = tiny.folder / "broken"
+    with pytest.raises(KeyboardInterrupt):
+        audit_job(tiny.job(), canaries=20, output=path, watch=Watch(on_round=stop))
+    # Without the canaries it would be another run.
+    with pytest.raises(ConfigError, match="fedllm audit"):
+        resume(path)
+    assert audit_run(path).values() | {"run": ""} == whole.values() | {"run": ""}
+    assert "Do not release it" in (path / "adapter" / "README.md").read_text()
 
 
 def test_where_the_job_names_the_noise_the_claim_is_what_was_spent(make_federation: Callable[..., Any]) -> None:

@@ -55,7 +55,8 @@ def audit(  # noqa: PLR0913 - each is an option of the command
     if target.is_dir():
         given = {"--canaries": canaries, "--copies": copies, "--output": output, "--set": overrides}
         _refuse([name for name, value in given.items() if value])
-        found = audit_run(target)
+        with live_view(quiet=quiet) as watch:
+            found = audit_run(target, watch=watch)
     else:
         from fedllm.job.job import Job
 

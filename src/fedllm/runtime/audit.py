@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from fedllm.data.read import PartyData
 from fedllm.data.tokens import TokenisedExample
 from fedllm.errors import ConfigError
 from fedllm.evaluate.loss import example_losses
@@ -20,20 +21,18 @@ from fedllm.privacy.auditing import SIGNIFICANCE, LowerBound, group_claim, large
 from fedllm.privacy.budget import Purse
 from fedllm.privacy.canaries import CanaryMaker, CanarySet
 from fedllm.privacy.membership import area_under_curve, exposure, membership
-from fedllm.runs.folder import RunFolder, check_free
+from fedllm.runs.folder import CANARIES, RunFolder, check_free
 from fedllm.runs.jsonl import write_json
 from fedllm.runs.metrics import run_rows
 from fedllm.runs.plan_files import read_plan, write_plan
 from fedllm.runtime.judge import final_models, final_tensors
 from fedllm.runtime.local import InProcessLink, local_hosts
-from fedllm.runtime.run import Watch, carry_out, concluding
+from fedllm.runtime.run import Watch, carry_out, concluding, read_result
 from fedllm.runtime.site import PURSE_FOLDER, Site, data_settings, open_site, party_examples, party_tokens
 from fedllm.scenarios.base import TokenData
 from fedllm.seeds import stream
 from fedllm.wire.payload import Tensors
 
-# What was planted, by which it can be made again. No text of it.
-_PLANTED = "canaries.json"
 _FOUND = "audit.json"
 # Members and non-members that are looked at, and canaries that none was planted of.
 _MOST_EXAMPLES = 1000
@@ -121,52 +120,87 @@ def audit_job(
     check_job(job, parties)
     path = output or Path("runs") / f"{job.name}-{job.digest[:8]}-audit"
     check_free(path)
-    # What is spent in an audit is not released, so the sites' own ledgers have no part in it.
-    purses = {located.party.name: Purse(path / PURSE_FOLDER) for located in parties}
-    site = replace(open_site(job, parties), purses=purses)
-    plan, data = _planted(site, parties, canaries=canaries, copies=copies)
+    site = _open(job, parties, path)
+    reads = {located.party.name: party_examples(job, located) for located in parties}
+    plan = _plan(reads, canaries=canaries, copies=copies)
+    data = _planted(site, parties, plan, reads)
     run = RunFolder.create(path, job_digest=job.digest)
     try:
+        # Before the run can be resumed, it is known as an audit's.
+        write_json(path / CANARIES, plan)
         write_plan(run, job, parties)
-        write_json(path / _PLANTED, plan)
-        with concluding(run):
-            hosts = local_hosts(site, data, run, on_step=(watch or Watch()).on_step)
-            carry_out(run, job, parties, InProcessLink(hosts), watch=watch)
+        _carry_out(run, site, parties, data, watch)
     finally:
         run.close()
-    return _audit(path, site, parties)
+    return _audit(path, site, parties, plan)
 
 
-def audit_run(path: Path) -> Audit:
+def audit_run(path: Path, *, watch: Watch | None = None) -> Audit:
     """Return what a finished run gives away of the data of the parties on this machine.
+
+    An audit of a job that broke off is gone on with.
 
     Args:
         path: The run folder.
+        watch: Callbacks for a live view.
 
     Raises:
         ConfigError: `RUN_UNFINISHED`, or `DATA_EMPTY` where there is nothing to compare.
     """
     job, parties = read_plan(path)
+    file, result = path / CANARIES, read_result(path)
+    plan = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    if plan and not (result and result.is_finished):
+        _go_on(path, _open(job, parties, path), parties, plan, watch)
     final_tensors(path, job)
-    return _audit(path, open_site(job, parties), parties)
+    return _audit(path, open_site(job, parties), parties, plan)
+
+
+def _open(job: Job, parties: list[LocatedParty], path: Path) -> Site:
+    # What is spent in an audit is not released, so the sites' own ledgers have no part in it.
+    purses = {located.party.name: Purse(path / PURSE_FOLDER) for located in parties}
+    return replace(open_site(job, parties), purses=purses)
+
+
+def _go_on(path: Path, site: Site, parties: list[LocatedParty], plan: Mapping[str, Any], watch: Watch | None) -> None:
+    reads = {located.party.name: party_examples(site.job, located) for located in parties}
+    data = _planted(site, parties, plan, reads)
+    run = RunFolder.open(path)
+    try:
+        run.event("run_resumed")
+        _carry_out(run, site, parties, data, watch)
+    finally:
+        run.close()
+
+
+def _carry_out(
+    run: RunFolder, site: Site, parties: list[LocatedParty], data: Mapping[str, TokenData], watch: Watch | None
+) -> None:
+    with concluding(run):
+        hosts = local_hosts(site, data, run, on_step=(watch or Watch()).on_step)
+        carry_out(run, site.job, parties, InProcessLink(hosts), watch=watch)
+
+
+def _plan(reads: Mapping[str, PartyData], *, canaries: int, copies: int) -> dict[str, Any]:
+    """Return how many canaries of which form each party gets: as many each, and the first ones the rest."""
+    each, rest = divmod(canaries, len(reads))
+    parties = {
+        name: {"kind": read.train[0].kind, "canaries": each + (place < rest)}
+        for place, (name, read) in enumerate(reads.items())
+    }
+    return {"copies": copies, "parties": parties}
 
 
 def _planted(
-    site: Site, parties: list[LocatedParty], *, canaries: int, copies: int
-) -> tuple[dict[str, Any], dict[str, TokenData]]:
-    """Return what was planted where, and each party's tokens with its canaries among them."""
-    plan: dict[str, Any] = {"copies": copies, "parties": {}}
-    data = {}
-    for place, located in enumerate(parties):
-        read, name = party_examples(site.job, located), located.party.name
-        # So many each, and the first ones the rest.
-        number = canaries // len(parties) + (place < canaries % len(parties))
-        plan["parties"][name] = {"kind": read.train[0].kind, "canaries": number}
-        tokens = party_tokens(site, located, read=read)
-        data[name] = replace(tokens, train=[*tokens.train])
-    for name, found in _canary_sets(site, plan).items():
-        data[name] = replace(data[name], train=[*data[name].train, *found.planted(copies)])
-    return plan, data
+    site: Site, parties: list[LocatedParty], plan: Mapping[str, Any], reads: Mapping[str, PartyData]
+) -> dict[str, TokenData]:
+    """Return each party's tokens with its canaries among them."""
+    sets, data = _canary_sets(site, plan), {}
+    for located in parties:
+        name = located.party.name
+        tokens = party_tokens(site, located, read=reads[name])
+        data[name] = replace(tokens, train=[*tokens.train, *sets[name].planted(plan["copies"])])
+    return data
 
 
 def _canary_sets(site: Site, plan: Mapping[str, Any]) -> dict[str, CanarySet]:
@@ -178,9 +212,7 @@ def _canary_sets(site: Site, plan: Mapping[str, Any]) -> dict[str, CanarySet]:
     }
 
 
-def _audit(path: Path, site: Site, parties: list[LocatedParty]) -> Audit:
-    plan_file = path / _PLANTED
-    plan = json.loads(plan_file.read_text(encoding="utf-8")) if plan_file.is_file() else None
+def _audit(path: Path, site: Site, parties: list[LocatedParty], plan: Mapping[str, Any] | None) -> Audit:
     attack = _Attack(site, final_models(path, site))
     rows = [row for located in parties if (row := attack.membership(located))]
     if not rows and plan is None:
