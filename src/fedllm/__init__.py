@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fedllm.job.job import Job, load_parties
     from fedllm.models.deliver import load_adapter
-    from fedllm.runtime.audit import Audit, audit_job, audit_run
+    from fedllm.runtime.audit import Audit, audit_adapter, audit_job, audit_run
     from fedllm.runtime.compare import Comparison, compare
     from fedllm.runtime.run import RunResult, Watch, resume, run_local
     from fedllm.train.hf_trainer import HFTrainer
@@ -28,6 +28,7 @@ __all__ = [
     "RunResult",
     "Watch",
     "__version__",
+    "audit_adapter",
     "audit_job",
     "audit_run",
     "compare",
@@ -45,6 +46,7 @@ _WHERE = {
     "Job": "fedllm.job.job",
     "RunResult": "fedllm.runtime.run",
     "Watch": "fedllm.runtime.run",
+    "audit_adapter": "fedllm.runtime.audit",
     "audit_job": "fedllm.runtime.audit",
     "audit_run": "fedllm.runtime.audit",
     "compare": "fedllm.runtime.compare",

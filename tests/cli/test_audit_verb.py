@@ -62,6 +62,32 @@ def test_options_of_a_job_are_refused_for_a_run(
     assert code == ExitCode.USAGE and "BAD_COMBINATION" in err
 
 
+def test_a_site_judges_the_adapter_that_was_delivered_to_it(call: Call, federation: TinyFederation) -> None:
+    run = federation.run("delivered").path
+    north = ("--party", federation.folder / "parties" / "north.yaml")
+    code, out, _ = call("audit", federation.job_file, "--adapter", run / "adapter", *north, "--json")
+    (row,) = data_of(out)["membership"]
+    assert code == 0
+    _, out, _ = call("audit", run, "--json")
+    assert row == data_of(out)["membership"][0]
+    assert not (run / "adapter" / "audit.json").exists()
+    code, out, _ = call("audit", federation.job_file, "--adapter", run / "adapter", *north)
+    assert code == 0 and "north" in out and "audit.json" not in out
+    code, _, err = call("audit", federation.job_file, "--adapter", run / "adapter")
+    assert code == ExitCode.USAGE and "MISSING_KEY" in err
+    code, _, err = call("audit", federation.job_file, "--adapter", run / "adapter", *north, "--copies", "2")
+    assert code == ExitCode.USAGE and "BAD_COMBINATION" in err
+
+
+@pytest.mark.parametrize("change", ["peft.r=4", "peft.target_modules=[q_proj]", "peft={peft_type: IA3}"])
+def test_an_adapter_of_another_kind_is_refused(change: str, call: Call, federation: TinyFederation) -> None:
+    path = federation.folder / "for-another"
+    run = path if path.exists() else federation.run("for-another").path
+    options = ("--adapter", run / "adapter", "--party", federation.folder / "parties" / "north.yaml")
+    code, _, err = call("audit", federation.job_file, "--set", change, *options)
+    assert code == ExitCode.USAGE and "PEFT_TARGET" in err
+
+
 def test_a_folder_that_is_no_run_is_refused(call: Call, tmp_path: Path) -> None:
     code, _, err = call("audit", tmp_path)
     assert code == ExitCode.USAGE and "RUN_NOT_FOUND" in err

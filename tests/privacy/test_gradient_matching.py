@@ -117,6 +117,16 @@ def test_adamw_does_not_hide_the_text(base: Path) -> None:
     assert rouge(found, text_of(6)) > 85
 
 
+def test_adamw_s_first_step_is_simulated_by_the_sign(base: Path) -> None:
+    server = spy(base)
+    text, update = torch.tensor([text_of(6)]), server.update(text_of(6), train=ADAMW)
+    fits = {
+        name: float(update_mismatch(server.model.model, server.start, update, optimizer=name)(text)[0])
+        for name in ("sgd", "adamw")
+    }
+    assert fits["adamw"] < 0.05 < 0.3 < fits["sgd"]
+
+
 def test_from_the_sum_of_three_no_party_s_text_is_rebuilt(base: Path) -> None:
     server = spy(base)
     texts = [text_of(number) for number in (7, 8, 9)]

@@ -211,6 +211,8 @@ def test_canaries_have_the_form_of_the_party_s_examples(kind: Any) -> None:
     assert found.canaries == again.canaries and np.array_equal(found.included, again.included)
     assert len({each.input_ids for each in found.canaries}) == 40
     assert len(found.decoys) == 5
+    # Where persons are hidden, each canary is one.
+    assert len({each.group for each in (*found.canaries, *found.decoys)} - {None}) == 45
     assert all(each.num_targets > 3 and not each.truncated for each in found.canaries)
     other = CanaryMaker(tokenizer, settings, seed=3).make("east", kind, number=40, decoys=0)
     assert not set(found.canaries) & set(other.canaries)

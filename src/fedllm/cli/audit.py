@@ -30,6 +30,11 @@ Canaries = Annotated[
     ),
 ]
 Copies = Annotated[int | None, typer.Option("--copies", min=1, help="Of a job: how often each is planted. Default: 1.")]
+Adapter = Annotated[
+    Path | None,
+    typer.Option("--adapter", help="With --party: judge this delivered adapter of the job, and run nothing."),
+]
+PartyFile = Annotated[Path | None, typer.Option("--party", help="With --adapter: the site's own party file.")]
 Output = Annotated[
     Path | None, typer.Option("--output", "-o", help="Of a job: the run folder. Default: runs/NAME-DIGEST-audit.")
 ]
@@ -41,6 +46,8 @@ def audit(  # noqa: PLR0913 - each is an option of the command
     canaries: Canaries = None,
     copies: Copies = None,
     overrides: Overrides = None,
+    adapter: Adapter = None,
+    party: PartyFile = None,
     output: Output = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -50,16 +57,20 @@ def audit(  # noqa: PLR0913 - each is an option of the command
     Of a run: whether its adapter gives away which examples it was trained on. Of a job: canaries are planted among
     the parties' examples, the job is run, and the lower bound of epsilon stands beside the epsilon that is claimed.
     """
-    from fedllm.runtime.audit import audit_job, audit_run
+    from fedllm.job.job import Job
+    from fedllm.runtime.audit import audit_adapter, audit_job, audit_run
 
+    of_a_run = {"--canaries": canaries, "--copies": copies, "--output": output}
     if target.is_dir():
-        given = {"--canaries": canaries, "--copies": copies, "--output": output, "--set": overrides}
-        _refuse([name for name, value in given.items() if value])
+        _refuse(of_a_run | {"--set": overrides, "--adapter": adapter, "--party": party}, "a run, which is over")
         with live_view(quiet=quiet) as watch:
             found = audit_run(target, watch=watch)
+    elif adapter is not None or party is not None:
+        _refuse(of_a_run, "an adapter, which is there already")
+        if adapter is None or party is None:
+            raise ConfigError("MISSING_KEY", "`--adapter` and `--party` go together", fix="name both, or none of them")
+        found = audit_adapter(Job.from_yaml(target, overrides=overrides), adapter, party=party)
     else:
-        from fedllm.job.job import Job
-
         job = Job.from_yaml(target, overrides=overrides)
         with live_view(quiet=quiet) as watch:
             found = audit_job(job, canaries=canaries or 200, copies=copies or 1, output=output, watch=watch)
@@ -72,13 +83,13 @@ def audit(  # noqa: PLR0913 - each is an option of the command
         raise typer.Exit(int(code))
 
 
-def _refuse(names: list[str]) -> None:
-    if names:
+def _refuse(given: dict[str, Any], what: str) -> None:
+    if names := [name for name, value in given.items() if value]:
         raise ConfigError(
             "BAD_COMBINATION",
-            f"{names[0]} has no effect on a run, which is over",
+            f"{names[0]} has no effect on {what}",
             where=names[0],
-            fix="name a job file, or leave it out",
+            fix="leave it out, or name a job file alone",
         )
 
 
@@ -102,7 +113,8 @@ def _show(found: Audit) -> None:
             typer.echo(line)
     else:
         typer.echo("canaries  none were planted; `fedllm audit job.yaml` plants some")
-    typer.echo(f"audit     {found.run / 'audit.json'}")
+    if (found.run / "audit.json").is_file():
+        typer.echo(f"audit     {found.run / 'audit.json'}")
 
 
 def _canary_lines(values: dict[str, Any]) -> list[str]:

@@ -4,59 +4,39 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from fedllm.data.read import PartyData
-from fedllm.data.tokens import TokenisedExample
-from fedllm.errors import ConfigError
-from fedllm.evaluate.loss import example_losses
+from fedllm.errors import ConfigError, ModelError
 from fedllm.job.check import check_job
 from fedllm.job.job import Job, LocatedParty, load_parties
-from fedllm.privacy.auditing import SIGNIFICANCE, LowerBound, group_claim, largest_bound, one_run_audit
+from fedllm.job.loading import load_model
+from fedllm.job.party import Party
+from fedllm.models.deliver import WEIGHTS, read_adapter
 from fedllm.privacy.budget import Purse
 from fedllm.privacy.canaries import CanaryMaker, CanarySet
-from fedllm.privacy.membership import area_under_curve, exposure, membership
 from fedllm.runs.folder import CANARIES, RunFolder, check_free
 from fedllm.runs.jsonl import write_json
 from fedllm.runs.metrics import run_rows
 from fedllm.runs.plan_files import read_plan, write_plan
+from fedllm.runtime.attacks import Attack, Claim
 from fedllm.runtime.judge import final_models, final_tensors
 from fedllm.runtime.local import InProcessLink, local_hosts
 from fedllm.runtime.run import Watch, carry_out, concluding, read_result
 from fedllm.runtime.site import PURSE_FOLDER, Site, data_settings, open_site, party_examples, party_tokens
 from fedllm.scenarios.base import TokenData
-from fedllm.seeds import stream
-from fedllm.wire.payload import Tensors
 
 _FOUND = "audit.json"
-# Members and non-members that are looked at, and canaries that none was planted of.
-_MOST_EXAMPLES = 1000
+# Canaries that none was planted of, of all parties together.
 _DECOYS = 1000
-# Where no delta is claimed.
-_DELTA = 1e-5
-
-
-@dataclass(frozen=True)
-class Claim:
-    """What a job promises of each unit: an example, a person's examples (group), or a party."""
-
-    epsilon: float
-    delta: float
-    unit: str
-
-    def for_copies(self, copies: int) -> tuple[float, float]:
-        """Return (epsilon, delta) for a canary that is planted several times; only examples are hidden one by one."""
-        return group_claim(self.epsilon, self.delta, copies if self.unit == "example" else 1)
 
 
 @dataclass(frozen=True)
 class Audit:
-    """What an audit found; `refutes_claim` is whether more was lost than that, None where it claims nothing.
+    """What an audit found; `refutes_claim` is whether more was lost than the job claims, None where it claims nothing.
 
     `membership` has a row for each party on this machine; `canaries` is None where none were planted.
     """
@@ -156,6 +136,41 @@ def audit_run(path: Path, *, watch: Watch | None = None) -> Audit:
     return _audit(path, open_site(job, parties), parties, plan)
 
 
+def audit_adapter(job: Job, adapter: Path, *, party: Path) -> Audit:
+    """Return what a delivered LoRA adapter gives away of one party's data; nothing is written.
+
+    For a site between machines, which has no run folder of its own.
+
+    Args:
+        job: The job that the adapter was tuned by.
+        adapter: Its folder, in PEFT's layout.
+        party: The site's own party.yaml.
+
+    Raises:
+        ModelError: `PEFT_TARGET`, the adapter is not of the job's kind and size.
+    """
+    found, _ = load_model(Party, party, overrides=[])
+    located = LocatedParty(party=found, base_dir=party.resolve().parent)
+    from safetensors.torch import load_file
+
+    site = open_site(job, [located])
+    try:
+        # What does not fit is left out without a word, and the rest would be judged.
+        fits = job.peft.peft_type == "LORA" and len(load_file(adapter / WEIGHTS)) == len(site.model.manifest)
+        tensors = read_adapter(site.model, adapter) if fits else {}
+    except (OSError, RuntimeError):
+        tensors = {}
+    if not tensors:
+        raise ModelError(
+            "PEFT_TARGET",
+            "there is no LoRA adapter of the job's targets and rank",
+            where=str(adapter),
+            fix="name the folder with adapter_model.safetensors that the job delivered; or audit the run itself",
+        )
+    rows = _membership(Attack(site, [("delivered", None, tensors)]), [located], where=str(adapter))
+    return Audit(adapter, None, rows, None, None)
+
+
 def _open(job: Job, parties: list[LocatedParty], path: Path) -> Site:
     # What is spent in an audit is not released, so the sites' own ledgers have no part in it.
     purses = {located.party.name: Purse(path / PURSE_FOLDER) for located in parties}
@@ -213,15 +228,8 @@ def _canary_sets(site: Site, plan: Mapping[str, Any]) -> dict[str, CanarySet]:
 
 
 def _audit(path: Path, site: Site, parties: list[LocatedParty], plan: Mapping[str, Any] | None) -> Audit:
-    attack = _Attack(site, final_models(path, site))
-    rows = [row for located in parties if (row := attack.membership(located))]
-    if not rows and plan is None:
-        raise ConfigError(
-            "DATA_EMPTY",
-            "no party on this machine holds examples out, so there is nothing to compare its training examples with",
-            where=str(path),
-            fix="set `data.eval` or `data.eval_share` in party.yaml, or audit the job: `fedllm audit job.yaml`",
-        )
+    attack = Attack(site, final_models(path, site))
+    rows = _membership(attack, parties, where=str(path), needed=plan is None)
     claim = claimed(site.job, path)
     found = attack.canaries(_canary_sets(site, plan), plan["copies"], claim) if plan else None
     passes = None
@@ -232,90 +240,15 @@ def _audit(path: Path, site: Site, parties: list[LocatedParty], plan: Mapping[st
     return audit
 
 
-@dataclass(frozen=True)
-class _Attack:
-    """The attacks on what a run delivers: (name, party, tensors), with no party where one adapter is for all."""
-
-    site: Site
-    models: Sequence[tuple[str, str | None, Tensors]]
-
-    def membership(self, located: LocatedParty) -> dict[str, Any] | None:
-        """Return how well training examples are told from held-out ones; None where one of the two is not there."""
-        party = located.party.name
-        data = party_tokens(self.site, located)
-        members, others = (self._some(party, split) for split in (data.train, data.held_out))
-        if not members or not others or not self._is_here(party):
-            return None
-        plain, against = zip(*(self._losses(party, examples) for examples in (members, others)), strict=True)
-        found = membership(against[0] - plain[0], against[1] - plain[1])
-        by_loss = area_under_curve(-plain[0], -plain[1])
-        return {"party": party, **asdict(found), "auc_by_loss_alone": by_loss}
-
-    def canaries(self, sets: Mapping[str, CanarySet], copies: int, claim: Claim | None) -> dict[str, Any]:
-        """Return the lower bound of epsilon over all parties' canaries, and how exposed the planted ones are."""
-        tried = [self._tried(party, found) for party, found in sets.items() if self._is_here(party)]
-        scores, included = (np.concatenate([getattr(each, name) for each in tried]) for name in ("scores", "included"))
-        epsilon, delta = claim.for_copies(copies) if claim else (None, _DELTA)
-        values = _bound_values(one_run_audit(scores, included, delta=delta))
-        planted = {"canaries": len(included), "planted": int(included.sum()), "copies": copies}
-        return planted | {"claimed_epsilon": epsilon} | values | _exposure_values(tried)
-
-    def _tried(self, party: str, found: CanarySet) -> _Tried:
-        tuned, base = self._losses(party, [*found.canaries, *found.decoys])
-        change, others = np.split(tuned - base, [len(found.canaries)])
-        # Those that the coin left out are as good as decoys.
-        reference = np.concatenate([others, change[~found.included]])
-        return _Tried(-change, found.included, exposure(change[found.included], reference), len(reference) + 1)
-
-    def _is_here(self, party: str) -> bool:
-        return any(owner in (None, party) for _, owner, _ in self.models)
-
-    def _some(self, party: str, examples: Sequence[TokenisedExample]) -> list[TokenisedExample]:
-        """Return all examples, or so many of them drawn by name."""
-        if len(examples) <= _MOST_EXAMPLES:
-            return list(examples)
-        chosen = stream(self.site.job.seed, "audited", party).permutation(len(examples))[:_MOST_EXAMPLES]
-        return [examples[i] for i in sorted(chosen)]
-
-    def _losses(self, party: str, examples: Sequence[TokenisedExample]) -> tuple[np.ndarray, np.ndarray]:
-        """Return each example's loss under the party's tuned model, and under the bare base model, in nats."""
-        tensors = next(tensors for _, owner, tensors in self.models if owner in (None, party))
-        site = self.site
-        pad_id, size = site.base.tokenizer.pad_token_id, site.job.evaluate.per_device_eval_batch_size
-        site.model.write(tensors)
-        tuned = example_losses(site.model.model, examples, pad_id=pad_id, batch_size=size)
-        with site.model.untuned() as model:
-            return tuned, example_losses(model, examples, pad_id=pad_id, batch_size=size)
-
-
-@dataclass(frozen=True)
-class _Tried:
-    """A party's canaries under attack: the higher a score, the rather it was planted; exposure in bits, of so many."""
-
-    scores: np.ndarray
-    included: np.ndarray
-    exposure_bits: np.ndarray
-    among: int
-
-
-def _bound_values(bound: LowerBound) -> dict[str, Any]:
-    return {
-        "epsilon_lower_bound": bound.epsilon,
-        "delta": bound.delta,
-        "confidence": 1 - SIGNIFICANCE,
-        # A bound near it says that there were too few canaries.
-        "largest_possible_bound": largest_bound(bound.best.canaries, bound.delta),
-        "guesses": bound.best.guesses,
-        "correct": bound.best.correct,
-    }
-
-
-def _exposure_values(tried: Sequence[_Tried]) -> dict[str, Any]:
-    bits = np.concatenate([each.exposure_bits for each in tried])
-    first = sum(int((each.exposure_bits >= math.log2(each.among) - 1e-9).sum()) for each in tried)
-    return {
-        "exposure_bits_mean": float(bits.mean()),
-        "exposure_bits_max": float(bits.max()),
-        "exposure_bits_possible": math.log2(max(each.among for each in tried)),
-        "ranked_first": first,
-    }
+def _membership(
+    attack: Attack, parties: list[LocatedParty], *, where: str, needed: bool = True
+) -> list[dict[str, Any]]:
+    rows = [row for located in parties if (row := attack.membership(located))]
+    if needed and not rows:
+        raise ConfigError(
+            "DATA_EMPTY",
+            "no party on this machine holds examples out, so there is nothing to compare its training examples with",
+            where=where,
+            fix="set `data.eval` or `data.eval_share` in party.yaml, or audit the job: `fedllm audit job.yaml`",
+        )
+    return rows
