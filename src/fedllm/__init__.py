@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fedllm.job.job import Job, load_parties
     from fedllm.models.deliver import load_adapter
+    from fedllm.runtime.audit import Audit, audit_adapter, audit_job, audit_run
     from fedllm.runtime.compare import Comparison, compare
     from fedllm.runtime.run import RunResult, Watch, resume, run_local
     from fedllm.train.hf_trainer import HFTrainer
@@ -20,12 +21,16 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Audit",
     "Comparison",
     "HFTrainer",
     "Job",
     "RunResult",
     "Watch",
     "__version__",
+    "audit_adapter",
+    "audit_job",
+    "audit_run",
     "compare",
     "load_adapter",
     "load_parties",
@@ -35,11 +40,15 @@ __all__ = [
 
 # Loaded at first use: `import fedllm` and `fedllm --help` must not wait for torch.
 _WHERE = {
+    "Audit": "fedllm.runtime.audit",
     "Comparison": "fedllm.runtime.compare",
     "HFTrainer": "fedllm.train.hf_trainer",
     "Job": "fedllm.job.job",
     "RunResult": "fedllm.runtime.run",
     "Watch": "fedllm.runtime.run",
+    "audit_adapter": "fedllm.runtime.audit",
+    "audit_job": "fedllm.runtime.audit",
+    "audit_run": "fedllm.runtime.audit",
     "compare": "fedllm.runtime.compare",
     "load_adapter": "fedllm.models.deliver",
     "load_parties": "fedllm.job.job",

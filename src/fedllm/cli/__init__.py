@@ -13,6 +13,7 @@ import typer
 
 from fedllm.cli import (
     approve,
+    audit,
     audit_log,
     compare,
     config,
@@ -55,6 +56,7 @@ app.command("run")(run.run)
 app.command("resume")(resume.resume)
 app.command("compare")(compare.compare)
 app.command("eval")(evaluate.evaluate)
+app.command("audit")(audit.audit)
 app.command("report")(report.report)
 app.command("export")(export.export)
 app.command("config")(config.config)

@@ -8,13 +8,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from fedllm.data.batches import collate
 from fedllm.data.tokens import TokenisedExample
 from fedllm.errors import RunFailed
-from fedllm.models.loss import target_logits
+from fedllm.models.loss import target_logits, target_losses
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,27 @@ def evaluate_examples(
         collate(rows, pad_id=pad_id) | {"target_bytes": [example.target_bytes for example in rows]} for rows in slices
     )
     return summed_loss(model, batches, where=where)
+
+
+def example_losses(
+    model: nn.Module, examples: Sequence[TokenisedExample], *, pad_id: int, batch_size: int
+) -> np.ndarray:
+    """Return the mean loss of each example's target tokens in nats, float64, shape (examples,).
+
+    Args:
+        model: A model of transformers.
+        examples: Each with a target.
+        pad_id: The padding token.
+        batch_size: Examples per forward pass.
+    """
+    found: list[float] = []
+    with evaluating(model):
+        for start in range(0, len(examples), batch_size):
+            rows = examples[start : start + batch_size]
+            nll, row = target_losses(model, collate(rows, pad_id=pad_id))
+            sums = torch.zeros(len(rows), dtype=torch.float64).index_add(0, row.cpu(), nll.double().cpu())
+            found += (sums / torch.bincount(row.cpu(), minlength=len(rows))).tolist()
+    return np.array(found)
 
 
 def _batch_loss(model: nn.Module, batch: Mapping[str, Any]) -> LossSums:

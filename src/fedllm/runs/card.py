@@ -10,6 +10,7 @@ from typing import Any
 
 from fedllm.models.settings import OWN_TYPES
 from fedllm.runs.charts import number_text
+from fedllm.runs.folder import CANARIES
 from fedllm.runs.jsonl import Row
 from fedllm.runs.report_data import RunRecord, added, privacy_text, read_run
 from fedllm.runs.report_panels import delivery_text, score_text
@@ -46,6 +47,8 @@ _PROTECTION = """## What was and what was not protected
 - **Updates were not hidden from the server.** This was plain federated averaging without secure aggregation: whoever
   runs the server could look at a single party's update, and an update can tell something about the data behind it.
 """
+_CANARIES = """- **This adapter was made for an audit: random canaries were trained into it.** Do not release it.
+"""
 _NO_NOISE = """- **No differential privacy was applied.** There is no bound on what this adapter remembers of single
   examples; do not publish it if that matters before you have tested what it gives away.
 """
@@ -79,7 +82,7 @@ def model_card(run: Path) -> str:
             intro,
             _training(record, parties),
             _result_text(record, results),
-            _PROTECTION + _noise_text(record),
+            _PROTECTION + (_CANARIES if (run / CANARIES).exists() else "") + _noise_text(record),
             _loading(base, _task(record), own=record.setting("peft.peft_type") in OWN_TYPES),
             _provenance(record),
         ]

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 _START = {".lock", *(name + end for name in ("run.json", "job.yaml", "config.json") for end in ("", ".tmp"))}
 _START.add("local.json.tmp")
 _PATIENCE_S = 30.0
+# In a run that was made to be audited: what was planted, by which it can be made again. No text of it.
+CANARIES = "canaries.json"
 
 
 def check_free(path: Path) -> None:

@@ -15,7 +15,7 @@ from fedllm.job.job import Job, LocatedParty, load_parties
 from fedllm.models.digest import file_digest
 from fedllm.models.load import find_base
 from fedllm.runs.card import model_card
-from fedllm.runs.folder import RunFolder, check_free, run_identity
+from fedllm.runs.folder import CANARIES, RunFolder, check_free, run_identity
 from fedllm.runs.jsonl import Row, read_rows, write_json
 from fedllm.runs.metrics import run_rows
 from fedllm.runs.plan_files import read_plan, write_plan, write_provenance
@@ -131,9 +131,17 @@ def resume(
         watch: Callbacks for a live view.
 
     Raises:
-        FedllmError: See its code; `STATE_CORRUPT` when no checkpoint can be read.
+        FedllmError: See its code; `STATE_CORRUPT` when no checkpoint can be read, `BAD_COMBINATION` for a run that
+            `audit_job` began, which `audit_run` goes on with.
     """
     job, parties = read_plan(path)
+    if (path / CANARIES).exists():
+        raise ConfigError(
+            "BAD_COMBINATION",
+            "the run is an audit's: canaries are among its data",
+            where=str(path),
+            fix=f"`fedllm audit {path}` goes on with it",
+        )
     run = RunFolder.open(path)
     try:
         if (finished := read_result(path)) and finished.is_finished:

@@ -13,7 +13,7 @@ import torch
 
 from fedllm.data.batches import need_isolated_packing
 from fedllm.data.formats import Example
-from fedllm.data.read import read_examples, read_party_data
+from fedllm.data.read import PartyData, read_examples, read_party_data
 from fedllm.data.settings import DataSettings
 from fedllm.data.template import template_digest
 from fedllm.data.tokens import TokenisedExample, TokenReport, tokenise_all
@@ -173,24 +173,38 @@ def tokens_of(
         raise DataError(error.code, error.what, where=place, fix=error.fix) from None
 
 
-def party_tokens(site: Site, located: LocatedParty) -> TokenData:
-    """Return a party's training and held-out examples as tokens.
+def party_examples(job: Job, located: LocatedParty) -> PartyData:
+    """Return a party's training and held-out examples as they are.
 
     Args:
-        site: For the tokenizer and the job.
+        job: The job.
         located: The party.
 
     Raises:
         DataError: The data cannot be used as they are.
     """
-    job, tokenizer, where = site.job, site.base.tokenizer, f"party {located.party.name}"
-    read = read_party_data(
+    return read_party_data(
         located.party.data,
         base_dir=located.base_dir,
         settings=job.data,
         seed=job.seed,
         party=located.party.name,
     )
+
+
+def party_tokens(site: Site, located: LocatedParty, *, read: PartyData | None = None) -> TokenData:
+    """Return a party's training and held-out examples as tokens.
+
+    Args:
+        site: For the tokenizer and the job.
+        located: The party.
+        read: Its examples, where they are read already.
+
+    Raises:
+        DataError: The data cannot be used as they are.
+    """
+    job, tokenizer, where = site.job, site.base.tokenizer, f"party {located.party.name}"
+    read = read or party_examples(job, located)
     train, _ = tokens_of(read.train, tokenizer, job, where=where)
     held_out, _ = tokens_of(read.held_out, tokenizer, job, where=f"{where}, held-out examples")
     return TokenData(train, held_out, site.common)
