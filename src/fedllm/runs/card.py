@@ -44,15 +44,19 @@ _SECTIONS = ("federation.", "peft.", "train.", "privacy.")
 _PROTECTION = """## What was and what was not protected
 
 - Each party's examples stayed on its own machines. Adapter updates, example counts and losses were sent.
-- **Updates were not hidden from the server.** This was plain federated averaging without secure aggregation: whoever
-  runs the server could look at a single party's update, and an update can tell something about the data behind it.
+"""
+_IN_THE_CLEAR = """- **Updates were not hidden from the server.** There was no secure aggregation: whoever runs
+  the server could look at a single party's update, and an update can tell something about the data behind it.
+"""
+_SUMS = """- **Updates were hidden from the server** by secure aggregation: it saw sums over the parties, and
+  can tell from them something about the data of all, but not whose they are.
 """
 _CANARIES = """- **This adapter was made for an audit: random canaries were trained into it.** Do not release it.
 """
 _NO_NOISE = """- **No differential privacy was applied.** There is no bound on what this adapter remembers of single
   examples; do not publish it if that matters before you have tested what it gives away.
 """
-_NOISE = """- **Differential privacy was applied** by each party in its training: {text}. What this adapter tells of a
+_NOISE = """- **Differential privacy was applied**{how}: {text}. What this adapter tells of a
   single {unit} of the training data is bounded by it. Held-out examples, by which a round may have been chosen,
   numbers of examples, and what other runs on the same data told are not in this figure.
 """
@@ -82,18 +86,24 @@ def model_card(run: Path) -> str:
             intro,
             _training(record, parties),
             _result_text(record, results),
-            _PROTECTION + (_CANARIES if (run / CANARIES).exists() else "") + _noise_text(record),
+            _PROTECTION + _sums_text(record) + (_CANARIES if (run / CANARIES).exists() else "") + _noise_text(record),
             _loading(base, _task(record), own=record.setting("peft.peft_type") in OWN_TYPES),
             _provenance(record),
         ]
     )
 
 
+def _sums_text(record: RunRecord) -> str:
+    return _SUMS if record.setting("privacy.secure_aggregation.enabled") else _IN_THE_CLEAR
+
+
 def _noise_text(record: RunRecord) -> str:
     text = privacy_text(record)
     if text is None:
         return _NO_NOISE
-    return _NOISE.format(text=plain_markdown(text), unit=record.setting("privacy.differential_privacy.unit"))
+    unit = record.setting("privacy.differential_privacy.unit")
+    how = " to the sum of the parties' updates" if unit == "party" else " by each party in its training"
+    return _NOISE.format(how=how, text=plain_markdown(text), unit=unit)
 
 
 def own_card(name: str, base: str, task: Task, *, hides: str = "none") -> str:
