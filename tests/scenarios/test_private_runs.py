@@ -7,16 +7,19 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from rounds import broken_and_resumed, own_adapters
 from tiny import TinyFederation, write_jsonl
 
-from fedllm.errors import BudgetExhausted, ConfigError, ExitCode, FedllmError, StateLost
+from fedllm.errors import BudgetExhausted, ConfigError, ExitCode, FedllmError, RunFailed, RunPaused, StateLost
 from fedllm.privacy.accountant import Mechanism, epsilon_of
 from fedllm.privacy.ledger import Ledger
 from fedllm.runs.jsonl import read_rows
 from fedllm.runtime.plan import make_plan
 from fedllm.runtime.run import Watch, read_result, resume
 from fedllm.runtime.validate import validate
+from fedllm.train.base import TrainSums, TrainTask
+from fedllm.train.private import PrivateTrainer
 from fedllm.train.supervised import SupervisedTrainer
 
 Make = Callable[..., TinyFederation]
@@ -102,10 +105,15 @@ def test_a_site_ends_a_run_before_the_round_that_would_pass_its_limit(make_feder
     federation = make_federation(
         sizes=SIZES, job=PLAN | {"privacy.differential_privacy": asked}, party={"limits": {"max_epsilon": 5.0}}
     )
+    plan = make_plan(federation.job(), federation.parties(), validate(federation.job(), federation.parties()))
+    assert not any("earlier" in found.text for found in plan.noise)
     federation.run("first")
     with pytest.raises(BudgetExhausted) as caught:
         federation.run("second")
     assert (caught.value.code, caught.value.exit_code) == ("BUDGET_EXHAUSTED", ExitCode.BUDGET)
+    # The plan said so beforehand, of a run that has spent nothing yet.
+    plan = make_plan(federation.job(), federation.parties(), validate(federation.job(), federation.parties()))
+    assert all("ABOVE the 5 that the site allows" in found.text for found in plan.noise)
     result = read_result(federation.folder / "second")
     assert result is not None and (result.status, result.rounds) == ("FAILED", caught_round(caught.value) - 1)
     charges = ledger_of(federation, "north").charges()
@@ -207,3 +215,56 @@ def test_what_follows_from_noisy_training_alone_goes_with_it_and_survives_a_brea
     assert found.adapter_sha256 == expected.adapter_sha256
     assert own_adapters(found) == own_adapters(expected)
     assert len(ledger_of(federation, "north").charges()) == 4
+
+
+def test_a_round_that_another_party_missed_is_not_paid_for_twice(
+    make_federation: Make, one_key: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    federation = make_federation(sizes=SIZES, job=PLAN)
+    expected = federation.run("unbroken")
+    paid = ledger_of(federation, "north").charges()
+    shutil.rmtree(federation.folder / "parties" / "privacy")
+    train, missed = PrivateTrainer.train, []
+
+    def late(self: PrivateTrainer, task: TrainTask, optimizer: torch.optim.Optimizer) -> TrainSums:
+        if (task.party, task.round) == ("south", 2) and not missed:
+            missed.append(task.round)
+            raise RunFailed("ROUND_TIMEOUT", "too late")
+        return train(self, task, optimizer)
+
+    monkeypatch.setattr(PrivateTrainer, "train", late)
+    with pytest.raises(RunPaused, match="ROUND_TIMEOUT"):
+        federation.run("missed")
+    assert resume(federation.folder / "missed").adapter_sha256 == expected.adapter_sha256
+    assert missed == [2]
+    assert ledger_of(federation, "north").charges() == paid
+
+
+def test_a_lost_checkpoint_of_the_server_does_not_make_a_party_pay_again(
+    make_federation: Make, one_key: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    federation = make_federation(sizes=SIZES | {"east": 5}, job=PLAN)
+    train, is_away = PrivateTrainer.train, [True]
+    noise: dict[tuple[int, bool], bytes] = {}
+
+    def sometimes(self: PrivateTrainer, task: TrainTask, optimizer: torch.optim.Optimizer) -> TrainSums:
+        assert task.private is not None
+        if task.party == "north":
+            noise[task.round, is_away[0]] = task.private.normals(4, "look").tobytes()
+        elif task.party == "south" and is_away[0]:
+            raise RunFailed("ROUND_TIMEOUT", "too late")
+        return train(self, task, optimizer)
+
+    def stop(number: int, rows: Any) -> None:
+        if number == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(PrivateTrainer, "train", sometimes)
+    with pytest.raises(KeyboardInterrupt):
+        federation.run(watch=Watch(on_round=stop))
+    is_away[0] = False
+    (federation.folder / "run" / "checkpoints" / "round-000002.ckpt").unlink()
+    resume(federation.folder / "run")
+    # Round 2 starts from the same adapter as before, so it is the same release; round 3 from another one.
+    assert noise[2, False] == noise[2, True]
+    assert [charge.round for charge in ledger_of(federation, "north").charges()] == [1, 2, 3]

@@ -46,7 +46,7 @@ def epsilon_of(mechanisms: Iterable[Mechanism], *, delta: float, accountant: Acc
     Args:
         mechanisms: What was done, or will be, to the same data; their order has no influence.
         delta: Chance that epsilon does not hold, in (0, 1).
-        accountant: PLD is tight; RDP is quicker, and some 5 to 15 % above it.
+        accountant: PLD is tight; RDP is quicker, and some 10 to 20 % above it.
     """
     return _epsilon(_merged(mechanisms), delta, accountant)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,10 +21,23 @@ _SLACK = 1e-9
 
 @dataclass(frozen=True)
 class Purse:
-    """Where a site keeps what has been spent, and the most that it lets all runs spend; None is no limit."""
+    """Where a site keeps what has been spent, and the most that it lets all runs spend; None is no limit.
+
+    `noted` is the last line of the ledger by a log that is kept elsewhere, and `note(round, line)` writes one there.
+    """
 
     folder: Path
     max_epsilon: float | None = None
+    noted: str = ""
+    note: Callable[[int, str], object] = lambda number, line: None
+
+    def ledger(self, party: str) -> Ledger:
+        """Return the ledger of a party.
+
+        Args:
+            party: The party.
+        """
+        return Ledger(self.folder / f"{party}.jsonl")
 
 
 class Budget:
@@ -40,7 +53,7 @@ class Budget:
 
     def __init__(self, purse: Purse, *, party: str, run_id: str, folder: Path, trained: Sequence[int] = ()) -> None:
         self._purse, self._party, self._run, self._folder = purse, party, run_id, folder
-        self._ledger = Ledger(purse.folder / f"{party}.jsonl")
+        self._ledger = purse.ledger(party)
         self._seen = folder / "ledger.json"
         paid = {charge.round for charge in self._charges() if charge.run == run_id}
         if unpaid := [number for number in trained if number and number not in paid]:
@@ -71,7 +84,10 @@ class Budget:
         rate, noise, steps = terms.round.sampling_rate, terms.round.noise_multiplier, terms.round.steps
         charge = Charge(terms.data, terms.unit, self._run, number, inputs, key_name(key), rate, noise, steps)
         check = partial(self._check, number=number, terms=terms)
-        head = self._ledger.add(charge, seen=self._seen_head(), check=check)
+        before = self._ledger.head()
+        head = self._ledger.add(charge, seen=self._seen_heads(), check=check)
+        if head != before:
+            self._purse.note(number, head)
         write_atomic(self._seen, json.dumps({"hash": head}).encode())
         return NoiseStream(key, self._run, self._party, number, inputs)
 
@@ -102,17 +118,18 @@ class Budget:
                     "BUDGET_EXHAUSTED",
                     f"with this round epsilon would be {spent:.3f}, and {most:g} is the most for {whose}",
                     where=f"party {self._party}, round {number}",
-                    fix="the data have given what they may: deliver what there is, or ask the site for a larger budget",
+                    fix="run fewer rounds or with a smaller epsilon, or ask the site for a larger `limits.max_epsilon`",
                 )
 
     def _charges(self) -> list[Charge]:
-        return self._ledger.charges(seen=self._seen_head())
+        return self._ledger.charges(seen=self._seen_heads())
 
     def _of_run(self, charges: Sequence[Charge]) -> list[Mechanism]:
         return [charge.mechanism for charge in charges if charge.run == self._run]
 
-    def _seen_head(self) -> str:
-        return str(json.loads(self._seen.read_text(encoding="utf-8"))["hash"]) if self._seen.exists() else ""
+    def _seen_heads(self) -> tuple[str, str]:
+        own = json.loads(self._seen.read_text(encoding="utf-8"))["hash"] if self._seen.exists() else ""
+        return self._purse.noted, str(own)
 
     def _epsilon(self, mechanisms: Sequence[Mechanism], terms: Terms) -> float:
         return epsilon_of(mechanisms, delta=terms.delta, accountant=terms.accountant)

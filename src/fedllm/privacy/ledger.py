@@ -78,17 +78,17 @@ class Ledger:
         self.path = path
         self._head = path.with_name(path.stem + ".head.json")
 
-    def charges(self, *, seen: str = "") -> list[Charge]:
+    def charges(self, *, seen: Sequence[str] = ()) -> list[Charge]:
         """Return all charges, oldest first.
 
         Args:
-            seen: A head that this ledger had before; it must be among its lines.
+            seen: Heads that this ledger had before; they must be among its lines.
 
         Raises:
             StateLost: `LEDGER_BROKEN`.
         """
         charges, chain = self._read()
-        for head in (self._kept_head(), seen):
+        for head in (self._kept_head(), *seen):
             if head and head not in chain:
                 raise _broken(self.path, f"it does not hold the line {head[:12]}, which it had before")
         return charges
@@ -99,7 +99,7 @@ class Ledger:
         return chain[-1] if chain else ""
 
     def add(
-        self, charge: Charge, *, seen: str = "", check: Callable[[list[Charge]], None] = lambda charges: None
+        self, charge: Charge, *, seen: Sequence[str] = (), check: Callable[[list[Charge]], None] = lambda charges: None
     ) -> str:
         """Write a charge durably, unless it is there already, and return the hash of the last line.
 

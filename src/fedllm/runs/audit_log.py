@@ -32,6 +32,7 @@ EVENTS: dict[str, str] = {
     "run_joined": "The site began, or began again, to take part in a run.",
     "operation": "A message of the run: its `kind`, `way` asked or answered, `digest` and `num_bytes` of its payload.",
     "round_committed": "A round ended, its state is durable; `digest` is that of the checkpoint, where there is one.",
+    "privacy_spent": "A round of training with noise was paid for; `digest` is the last line of the site's ledger.",
     "peer_head": "Another site's newest line: `peer`, its number `peer_n`, and its hash as `digest`.",
     "message_refused": "A message was not used; `code` says why, `peer` from whom it claims to be.",
     "run_finished": "The site's part in a run ended; `code` says why, null where all went well.",

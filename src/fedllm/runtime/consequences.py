@@ -9,7 +9,8 @@ from fedllm.data.settings import DataSource, local_path
 from fedllm.errors import ConfigError, nearest
 from fedllm.job.job import Job, LocatedParty
 from fedllm.job.policy import Rule, Upload, check_policy, refused_operations, rules
-from fedllm.runtime.plan import foreseen_noise, rehearse, steps_per_round
+from fedllm.runtime.noise import steps_per_round
+from fedllm.runtime.plan import foreseen_noise, rehearse
 from fedllm.runtime.validate import Facts, PartyFacts, validate
 
 

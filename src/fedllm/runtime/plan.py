@@ -25,7 +25,7 @@ from fedllm.runs.folder import RunFolder
 from fedllm.runtime.driver import Driver
 from fedllm.runtime.federation import LinkedFederation
 from fedllm.runtime.local import InProcessLink, local_hosts
-from fedllm.runtime.noise import NoiseAt, noise_at
+from fedllm.runtime.noise import NoiseAt, noise_at, steps_per_round, with_earlier
 from fedllm.runtime.site import Site, open_site, party_tokens, trainer_for
 from fedllm.runtime.validate import Facts, PartyFacts
 from fedllm.scenarios.base import TokenData
@@ -80,7 +80,11 @@ def make_plan(job: Job, parties: list[LocatedParty], facts: Facts) -> Plan:
         peak_memory_bytes=probe.peak_bytes + others,
         party_memory_bytes=per_party,
         who_learns_what=job.table_line().who_learns_what,
-        noise=tuple(found for party in facts.parties if (found := foreseen_noise(job, party))),
+        noise=tuple(
+            with_earlier(found, job, site.purses[found.party], data[found.party].train)
+            for party in facts.parties
+            if (found := foreseen_noise(job, party))
+        ),
     )
 
 
@@ -335,19 +339,4 @@ def foreseen_noise(job: Job, facts: PartyFacts) -> NoiseAt | None:
     Raises:
         ConfigError: `BAD_VALUE`, no noise is enough.
     """
-    counts = facts.train
-    steps = steps_per_round(job, counts.kept)
-    return noise_at(job, facts.party, examples=counts.kept, groups=counts.groups, steps=steps)
-
-
-def steps_per_round(job: Job, num_examples: int) -> int:
-    """Return the optimiser steps of a party in one round.
-
-    Args:
-        job: The job.
-        num_examples: The party's training examples.
-    """
-    if job.train.local_steps:
-        return job.train.local_steps
-    batches = (job.train.local_epochs or 1) * -(-num_examples // job.train.per_device_train_batch_size)
-    return -(-batches // job.train.gradient_accumulation_steps)
+    return noise_at(job, facts.party, examples=facts.train.kept, groups=facts.train.groups)

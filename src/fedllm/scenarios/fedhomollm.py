@@ -201,7 +201,7 @@ class Server:
             return
         failed = ", ".join(f"{party}: {code}" for party, code in sorted(total.failures.items()))
         if "BUDGET_EXHAUSTED" in total.failures.values():
-            fix = "deliver the last round, or ask the site for a larger budget (`limits.max_epsilon`)"
+            fix = "run fewer rounds or with a smaller epsilon, or ask the site for a larger `limits.max_epsilon`"
             raise BudgetExhausted("BUDGET_EXHAUSTED", f"{what} ({failed})", where=f"round {number}", fix=fix)
         # Waiting can cure a slow party, and space a full disk; a party whose training diverged will diverge again.
         may_pass = set(total.failures.values()) <= {"ROUND_TIMEOUT", "DISK_FULL"}

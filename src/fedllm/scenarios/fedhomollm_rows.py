@@ -50,11 +50,11 @@ def train_rows(number: int, total: Total) -> list[Row]:
     values = {name: total.counts.get(name) for name in ("tokens", "examples", "steps")}
     loss, tokens = total.counts.get("loss_nats"), values["tokens"]
     values["loss_nats"] = loss / tokens if loss is not None and tokens else None
-    spent = {name: value for name, value in total.counts.items() if name.startswith(SPENT)}
+    spent = {party: total.counts.get(SPENT + party) for party in total.parties}
     norm = math.sqrt(sum(float(t.double().square().sum()) for t in total.means.values()))
     rows = rows_of(number, None, "train", values) + rows_of(number, None, None, {"update_norm": norm})
-    for name, value in spent.items():
-        rows += rows_of(number, name.removeprefix(SPENT), None, {"epsilon_spent": value})
+    for party, value in spent.items():
+        rows += [] if value is None else rows_of(number, party, None, {"epsilon_spent": value})
     return rows
 
 

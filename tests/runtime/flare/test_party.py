@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +18,10 @@ from fedllm.identity.keys import load_key
 from fedllm.identity.signing import Signer
 from fedllm.job.approval import approve
 from fedllm.job.project import Project
+from fedllm.privacy.accountant import Mechanism
+from fedllm.privacy.budget import Budget
+from fedllm.privacy.terms import Terms
+from fedllm.runs.audit_log import AUDIT_FILE, read_log
 from fedllm.runs.jsonl import write_json
 from fedllm.runtime.flare.desk import Desk
 from fedllm.runtime.flare.party import Member, Refusal, open_party
@@ -146,3 +151,30 @@ def test_a_site_with_a_damaged_kit_takes_part_in_nothing(north: OneSite) -> None
     data[40] ^= 1
     path.write_bytes(data)
     assert isinstance(north.open(), Refusal)
+
+
+TERMS = Terms("example", "d" * 64, Mechanism(0.1, 3.0, 5), 1e-5, "RDP", 2.0)
+
+
+def budget_of(party: Any) -> Budget:
+    found: Budget = party.host.open_client(lambda *row: None)._c.budget
+    return found
+
+
+def test_a_site_s_audit_log_remembers_what_its_ledger_forgets(north: OneSite) -> None:
+    with north.party_file.open("a") as file:
+        file.write("limits:\n  require_approval: false\n  max_epsilon: 3.0\n")
+    asked = {"unit": "example", "epsilon": 2.0}
+    assert north.open(privacy__differential_privacy=asked | {"epsilon": 4.0}) == Refusal("POLICY_REFUSED")
+    party = north.open(privacy__differential_privacy=asked)
+    budget_of(party).open_round(1, "inputs", TERMS)
+    party.close()
+    ledger = north.site / "privacy" / "north.jsonl"
+    (line,) = (json.loads(row) for row in ledger.read_text().splitlines())
+    noted = [entry for _, _, entry in read_log(north.site / AUDIT_FILE) if entry and entry.event == "privacy_spent"]
+    assert [(entry.digest, entry.round, entry.run_id) for entry in noted] == [(line["hash"], 1, RUN_ID)]
+    assert is_opened(north.open(privacy__differential_privacy=asked))
+    # Ledger, head and the run's own note are gone: a new run would know of nothing.
+    shutil.rmtree(north.site / "privacy")
+    shutil.rmtree(north.site / "state" / "runs")
+    assert north.open(privacy__differential_privacy=asked) == Refusal("LEDGER_BROKEN")

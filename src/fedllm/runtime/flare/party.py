@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from fedllm.job.job import Job, LocatedParty
 from fedllm.job.loading import load_model
 from fedllm.job.party import Party
 from fedllm.privacy.budget import Purse
-from fedllm.runs.audit_log import AUDIT_FILE, AuditLog
+from fedllm.runs.audit_log import AUDIT_FILE, AuditLog, read_log
 from fedllm.runs.control import read_object
 from fedllm.runs.folder import RunFolder, attach
 from fedllm.runtime.base import SERVER, Seal
@@ -124,8 +126,9 @@ def _opened(kit: Kit, seal: Seal, asked: dict[str, Any], run_id: str, desk: Desk
     if approval is not None:
         job = job.located(Path(approval.base_dir))
     run = attach(site / "state" / "runs" / run_id, run_id=run_id, job_digest=job.digest)
-    purses = {kit.name: Purse(site / PURSE_FOLDER, party.limits.max_epsilon)}
-    loaded = replace(open_site(job, [located]), purses=purses)
+    log = AuditLog.open(site / AUDIT_FILE, actor=kit.name)
+    purse = purse_of(site, party, note=partial(_note_spent, log, run_id))
+    loaded = replace(open_site(job, [located]), purses={kit.name: purse})
     if refused := upload_limits(job, [located], loaded.model):
         raise refused[0]
 
@@ -136,7 +139,6 @@ def _opened(kit: Kit, seal: Seal, asked: dict[str, Any], run_id: str, desk: Desk
         host = local_hosts(loaded, {kit.name: party_tokens(loaded, located)}, run, on_step=on_step)[kit.name]
         own = run.path / "parties" / kit.name
         spool, fresh = Spool(own / "spool"), Freshness(own / "epoch.json")
-        log = AuditLog.open(site / AUDIT_FILE, actor=kit.name)
         log.append("run_joined", run_id=run_id, job_digest=job.digest)
     except BaseException:
         run.close()
@@ -152,6 +154,27 @@ def _opened(kit: Kit, seal: Seal, asked: dict[str, Any], run_id: str, desk: Desk
 
     guard = Guard(log, job, party, own, run_id)
     return Member(replace(host, guard=guard, seal=seal, fresh=fresh, keep=in_place, fetch=fetch), run)
+
+
+def purse_of(site: Path, party: Party, *, note: Callable[[int, str], object]) -> Purse:
+    """Return where a site keeps what has been spent of its privacy; its audit log knows the ledger's last line.
+
+    Args:
+        site: The site folder.
+        party: The site's own file.
+        note: Writes a line of the ledger into the audit log.
+
+    Raises:
+        ConfigError: The audit log cannot be read.
+    """
+    path = site / AUDIT_FILE
+    entries = (entry for _, _, entry in read_log(path)) if path.exists() else ()
+    spent = [entry.digest for entry in entries if entry and entry.event == "privacy_spent"]
+    return Purse(site / PURSE_FOLDER, party.limits.max_epsilon, noted=(spent and spent[-1]) or "", note=note)
+
+
+def _note_spent(log: AuditLog, run_id: str, number: int, line: str) -> None:
+    log.append("privacy_spent", run_id=run_id, round=number, digest=line)
 
 
 def _checked(asked: dict[str, Any]) -> Job:
