@@ -19,6 +19,7 @@ Make = Callable[..., TinyFederation]
 SIZES = {"north": 5, "south": 4}
 PLAN: dict[str, Any] = {
     "federation.num_rounds": 2,
+    "federation.keep": "last",
     "privacy.differential_privacy": {"unit": "example", "noise_multiplier": 1.5, "accountant": "RDP"},
 }
 
