@@ -18,7 +18,7 @@ from fedllm.privacy.auditing import (
     one_run_audit,
     p_value,
 )
-from fedllm.privacy.membership import area_under_curve, exposure, membership, true_positives
+from fedllm.privacy.membership import area_under_curve, excess_losses, exposure, membership, true_positives
 from fedllm.seeds import stream
 
 
@@ -120,6 +120,20 @@ def test_exposure_of_a_hand_made_ranking() -> None:
     reference = np.arange(1.0, 8.0)
     # Best of eight, tied with the best, and worst of eight.
     assert exposure(np.array([0.5, 1.0, 9.0]), reference).tolist() == pytest.approx([3.0, 2.0, 0.0])
+
+
+@pytest.mark.parametrize("slope", [0.0, 1.0])
+def test_excess_losses_take_out_what_the_base_model_foretells_and_no_more(slope: float) -> None:
+    draws = stream(0, "test", "excess")
+    base, own = draws.normal(16, 3, 500), draws.normal(0, 0.1, 500)
+    own[:50] -= 0.5
+    found = excess_losses(6 + slope * base + own, base, number=400)
+    np.testing.assert_allclose(found - own, (found - own).mean(), atol=0.05)
+    assert area_under_curve(-found[:50], -found[50:]) > 0.99
+    # With the difference alone it is found for slope 1 only.
+    assert (area_under_curve((base - 6 - slope * base - own)[:50], (base - 6 - slope * base - own)[50:]) > 0.99) is (
+        slope == 1
+    )
 
 
 def test_area_under_the_curve_by_counting_pairs() -> None:

@@ -24,7 +24,7 @@ from fedllm.privacy.rounds import PrivateRound
 from fedllm.runs import folder
 from fedllm.runtime import audit as module
 from fedllm.runtime.audit import Audit, Claim, audit_job, audit_run
-from fedllm.runtime.run import Watch, resume
+from fedllm.runtime.run import Watch, read_result, resume
 from fedllm.runtime.site import PURSE_FOLDER
 
 MEMORISES = {
@@ -85,6 +85,15 @@ def test_auditing_the_run_again_finds_the_same(audited: Audit) -> None:
     written = json.loads((audited.run / "audit.json").read_text())
     again = audit_run(audited.run)
     assert again.values() == audited.values() == written
+
+
+def test_the_last_round_is_judged_whatever_the_job_delivers(make_federation: Callable[..., Any]) -> None:
+    """Canaries that are half of the data make the held-out loss worse, so that the best round is an early one."""
+    tiny = make_federation(job=MEMORISES | {"federation.keep": "best"})
+    found = audit_job(tiny.job(), canaries=40, output=tiny.folder / "audited")
+    result = read_result(found.run)
+    assert result is not None and result.best_round in (None, 2)
+    assert found.canaries is not None and found.canaries["exposure_bits_mean"] > 3
 
 
 def test_nothing_that_is_written_or_shown_has_text_of_an_example(audited: Audit, federation: TinyFederation) -> None:

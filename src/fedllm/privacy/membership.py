@@ -71,6 +71,25 @@ def true_positives(members: np.ndarray, non_members: np.ndarray, *, false_positi
     return float((members > threshold).mean())
 
 
+def excess_losses(tuned: np.ndarray, base: np.ndarray, *, number: int) -> np.ndarray:
+    """Return by how much each loss under the tuned model is above what its loss under the base model lets expect.
+
+    What to expect is a straight line through the examples that were certainly not trained on. How much a base model's
+    loss says differs: a little tuning leaves it as it is (slope 1), and of random text a tuned model may have learnt
+    no more than that it is random (slope 0).
+
+    Args:
+        tuned: Losses in nats, shape (n,).
+        base: Losses of the same examples under the base model, shape (n,).
+        number: How many of the examples, the last ones, were certainly not trained on; at least 2.
+    """
+    before, after = base[-number:], tuned[-number:]
+    spread = float(((before - before.mean()) ** 2).sum())
+    slope = float(((before - before.mean()) * (after - after.mean())).sum()) / spread if spread else 0.0
+    found: np.ndarray = tuned - after.mean() - slope * (base - before.mean())
+    return found
+
+
 def exposure(losses: np.ndarray, reference: np.ndarray) -> np.ndarray:
     """Return the exposure of each canary in bits: log2 |R| - log2 rank, shape (m,).
 

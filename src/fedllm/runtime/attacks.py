@@ -14,7 +14,7 @@ from fedllm.evaluate.loss import example_losses
 from fedllm.job.job import LocatedParty
 from fedllm.privacy.auditing import SIGNIFICANCE, LowerBound, group_claim, largest_bound, one_run_audit
 from fedllm.privacy.canaries import CanarySet
-from fedllm.privacy.membership import area_under_curve, exposure, membership
+from fedllm.privacy.membership import area_under_curve, excess_losses, exposure, membership
 from fedllm.runtime.site import Site, party_tokens
 from fedllm.seeds import stream
 from fedllm.wire.payload import Tensors
@@ -68,7 +68,7 @@ class Attack:
 
     def _tried(self, party: str, found: CanarySet) -> _Tried:
         tuned, base = self._losses(party, [*found.canaries, *found.decoys])
-        change, others = np.split(tuned - base, [len(found.canaries)])
+        change, others = np.split(excess_losses(tuned, base, number=len(found.decoys)), [len(found.canaries)])
         # Those that the coin left out are as good as decoys.
         reference = np.concatenate([others, change[~found.included]])
         return _Tried(-change, found.included, exposure(change[found.included], reference), len(reference) + 1)

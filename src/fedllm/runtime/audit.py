@@ -83,7 +83,8 @@ def audit_job(
 ) -> Audit:
     """Plant canaries among the parties' training examples, run the job as it is, and return what it gives away.
 
-    Each canary is planted or not by a fair coin. The run is for the audit alone: its adapter knows canaries.
+    Each canary is planted or not by a fair coin. The adapter of the last round is judged, also where the job delivers
+    the best one: every party sees all of them. The run is for the audit alone: its adapter knows canaries.
 
     Args:
         job: The job.
@@ -97,6 +98,7 @@ def audit_job(
         FedllmError: See its code.
     """
     parties = parties if parties is not None else load_parties(job)
+    job = _to_the_end(job)
     check_job(job, parties)
     path = output or Path("runs") / f"{job.name}-{job.digest[:8]}-audit"
     check_free(path)
@@ -169,6 +171,14 @@ def audit_adapter(job: Job, adapter: Path, *, party: Path) -> Audit:
         )
     rows = _membership(Attack(site, [("delivered", None, tensors)]), [located], where=str(adapter))
     return Audit(adapter, None, rows, None, None)
+
+
+def _to_the_end(job: Job) -> Job:
+    """Return the job with the last round delivered: canaries spoil held-out losses, so the best may be the first."""
+    if "keep" not in type(job.federation).model_fields:
+        return job
+    federation = job.federation.model_copy(update={"keep": "last"})
+    return job.model_copy(update={"federation": federation}).located(job.base_dir)
 
 
 def _open(job: Job, parties: list[LocatedParty], path: Path) -> Site:
