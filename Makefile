@@ -1,5 +1,5 @@
 # `make` alone lists the targets. Needs Python 3.11 or newer with venv; scripts/bootstrap.sh says what is missing.
-.PHONY: help setup demo test lint type docs reference conformance check clean
+.PHONY: help setup demo test lint type docs reference conformance thorough check clean
 .DEFAULT_GOAL := help
 
 BIN := .venv/bin
@@ -15,6 +15,7 @@ help:
 	@echo "make docs       build the documentation into docs/_build/html"
 	@echo "make reference  write the generated pages of docs/reference again"
 	@echo "make conformance  try every tuning method with every family and task"
+	@echo "make thorough   all tests with every pair of methods and every point of every crash; half an hour"
 	@echo "make check      test and docs"
 	@echo "make clean      remove caches and build outputs; keeps .venv and runs"
 
@@ -51,6 +52,10 @@ reference:
 conformance:
 	@sh scripts/bootstrap.sh test,lint
 	@FEDLLM_CONFORMANCE=all $(BIN)/python -m pytest -n 2 tests/conformance $(PYTEST)
+
+thorough:
+	@sh scripts/bootstrap.sh test,lint
+	@FEDLLM_CONFORMANCE=all FEDLLM_THOROUGH=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not processes" $(PYTEST)
 
 check: test docs
 

@@ -92,6 +92,7 @@ def update_after(
     client = Client(
         ClientContext(
             party="north",
+            parties=("north", "east", "south"),
             seed=5,
             settings=line.settings.model_validate({"num_rounds": 4}),
             model=model,

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from crashes import Crash, Disk, committed_once, go_on, lasting, share_the_base
+from crashes import Crash, Disk, committed_once, go_on, lasting, share_the_base, some
 from tiny import TinyFederation
 
 from fedllm.privacy import budget, noise
@@ -53,8 +53,7 @@ def test_a_crash_at_any_touch_of_the_disk_costs_no_budget_and_loses_none(
     paid, points = charges(federation), disk.count
     assert [len(found) for found in paid.values()] == [2, 2]
     assert points > 60
-    # Every point of the first round, and every third of the rest.
-    for point in [*range(1, points // 2), *range(points // 2, points + 1, 3)]:
+    for point in some(range(1, points + 1), every=5):
         shutil.rmtree(federation.folder / "parties" / "privacy")
         releases.drawn.clear()
         name = f"crash{point}"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from crashes import Crash, Disk, committed_once, go_on, lasting, share_the_base
+from crashes import Crash, Disk, committed_once, go_on, lasting, share_the_base, some
 from tiny import TinyFederation
 
 from fedllm.runtime.run import resume
@@ -40,8 +40,7 @@ def test_a_crash_at_any_touch_of_the_disk_changes_nothing(
     expected = federation.run("unbroken")
     points = disk.count
     assert points > 80
-    # The first plan tries every point, the others a part of them.
-    for point in range(1, points + 1, 1 + 4 * list(PLANS).index(name)):
+    for point in some(range(1, points + 1), every=3 + 4 * list(PLANS).index(name)):
         folder = f"crash{point}"
         with pytest.raises(Crash), disk.crashing_at(point):
             federation.run(folder)

@@ -16,6 +16,7 @@ from tiny import TinyFederation
 
 from fedllm.aggregate.lora import sites
 from fedllm.errors import ConfigError, ResourceError, RunFailed
+from fedllm.privacy.settings import PrivacySettings
 from fedllm.runs.jsonl import read_rows
 from fedllm.runtime import delivery
 from fedllm.runtime import run as run_module
@@ -300,6 +301,8 @@ class Half:
         settings = {"local_steps": 1, "learning_rate": 0.1, "lr_scheduler_type": "constant"}
         context: Any = SimpleNamespace(
             party="north",
+            parties=("north", "east"),
+            privacy=PrivacySettings(),
             seed=1,
             settings=Settings.model_validate({"num_rounds": 9, "lora_rule": "FedSA-LoRA"}),
             model=self.model,
