@@ -36,7 +36,10 @@ def test_a_unit_brings_its_defaults_and_what_was_written_out_is_read_again() -> 
         ({"unit": "example", "epsilon": 3.0, "noise_multiplier": 1.0}, "both given"),
         ({"unit": "example", "epsilon": 0.0}, "greater than 0"),
         ({"unit": "example", "epsilon": 3.0, "delta": 0.5}, "less than or equal to 0.01"),
-        ({"unit": "party", "epsilon": 3.0}, "'none', 'example' or 'group'"),
+        ({"unit": "record", "epsilon": 3.0}, "'none', 'example', 'group' or 'party'"),
+        ({"unit": "example", "epsilon": 3.0, "placement": "central"}, "placement has no effect"),
+        ({"unit": "party", "epsilon": 3.0, "placement": "distributed", "accountant": "PLD"}, "by RDP"),
+        ({"unit": "party", "epsilon": 3.0, "placement": "distributed", "adaptive_clip": True}, "adaptive_clip"),
         ({"unit": "example", "epsilon": 3.0, "accountant": "GDP"}, "'PLD' or 'RDP'"),
     ],
 )

@@ -70,7 +70,10 @@ def test_another_seed_gives_another_adapter(make_federation: Make, federation: T
     assert other.run().adapter_sha256 != federation.run().adapter_sha256
 
 
-def test_worker_processes_give_the_same_adapter_and_metrics(federation: TinyFederation) -> None:
+def test_worker_processes_give_the_same_adapter_and_metrics(make_federation: Make) -> None:
+    # With secure sums, so that the parties of one process take part in sums with those of another.
+    secure = {"federation.fraction_train": 1.0, "privacy.secure_aggregation": {"enabled": True}}
+    federation = make_federation(job=PLAN | secure)
     here = federation.run("here")
     there = federation.run("there", num_workers=2)
     assert there.adapter_sha256 == here.adapter_sha256

@@ -30,6 +30,11 @@ PLAN: dict[str, Any] = {
     "peft.lora_dropout": 0.1,
     "train.local_steps": 5,
 }
+# So that blows fall around the opening of secure sums, too.
+SECURE: dict[str, Any] = {
+    "federation.codec": {"name": "Grid", "limit": 0.5},
+    "privacy.secure_aggregation": {"enabled": True},
+}
 
 
 def in_child(work: Callable[[], Any]) -> int:
@@ -54,7 +59,7 @@ def wait_for(happened: Callable[[], bool], *, seconds: float = 120) -> None:
 
 
 def test_five_kills_at_random_moments_change_nothing(make_federation: Make) -> None:
-    federation = make_federation(job=PLAN)
+    federation = make_federation(job=PLAN | SECURE)
     started = time.monotonic()
     expected = federation.run("unbroken")
     usual = time.monotonic() - started

@@ -140,11 +140,6 @@ def test_a_party_refuses_to_send_its_update_in_the_clear(
     assert caught.value.args[0] == {"Summand": ""}
 
 
-def test_the_worker_processes_of_a_run_sum_securely(make_federation: Make) -> None:
-    federation = made(make_federation)
-    assert federation.run("two", num_workers=2).adapter_sha256 == federation.run("none").adapter_sha256
-
-
 def test_a_sum_that_was_opened_is_not_opened_again_without_one_of_its_parties(
     make_federation: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:

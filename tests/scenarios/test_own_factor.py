@@ -15,6 +15,7 @@ from safetensors.torch import load, load_file
 from tiny import TinyFederation
 
 from fedllm.aggregate.lora import sites
+from fedllm.data.settings import DataSettings
 from fedllm.errors import ConfigError, ResourceError, RunFailed
 from fedllm.privacy.settings import PrivacySettings
 from fedllm.runs.jsonl import read_rows
@@ -309,7 +310,7 @@ class Half:
             trainer=self.model,
             pad_id=0,
             data=SimpleNamespace(train=[object()], held_out=[], common=[]),
-            data_settings=None,
+            data_settings=DataSettings(),
             train_settings=TrainSettings.model_validate(settings),
             eval_batch_size=1,
             log=lambda *args: None,

@@ -43,7 +43,7 @@ def test_a_run_has_the_same_bits_with_secure_sums_and_without(case: str, make_fe
 
 
 def test_noise_in_training_and_secure_sums_go_together(make_federation: Make) -> None:
-    noise = {"privacy.differential_privacy": {"unit": "example", "epsilon": 8.0}}
+    noise = {"privacy.differential_privacy": {"unit": "example", "noise_multiplier": 1.0, "accountant": "RDP"}}
     found = {}
     for name, changes in {"plain": {}, "secure": SECURE}.items():
         result = make_federation(name, sizes=SIZES, job=PLAN | GRID | noise | changes).run()
