@@ -258,8 +258,8 @@ def _provenance(record: RunRecord) -> dict[str, Any]:
     digests = [(key.replace("_", " "), value) for key, value in found.items() if key.endswith("_digest") and value]
     facts = {key: found.get(key) for key in ("scenario", "model_name_or_path", "seed", "num_threads", "run_id")}
     hides = record.setting("privacy.differential_privacy.unit")
-    is_secure = record.setting("privacy.secure_aggregation.enabled")
-    facts["secure aggregation"] = "the server saw sums alone" if is_secure else "none: the server saw each update"
+    seen = {True: "the server saw sums alone", False: "none: the server could see each update"}
+    facts["secure aggregation"] = seen.get(record.setting("privacy.secure_aggregation.enabled"))
     facts["privacy"] = "no differential privacy" if hides == "none" else privacy_text(record)
     facts["started"] = f"{clock_text(found['started'])} UTC" if found.get("started") else None
     return {
