@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from ruamel.yaml import YAML
 
 from fedllm.job.job import Job, LocatedParty, load_parties
 from fedllm.runs.jsonl import Row, read_rows
 from fedllm.runtime.run import RunResult, run_local
+
+# `make thorough` takes all that `make test` takes a part of.
+THOROUGH = bool(os.environ.get("FEDLLM_THOROUGH"))
+thorough = pytest.mark.skipif(not THOROUGH, reason="part of make thorough")
 
 _CORPUS = ["the red dress is made of silk", "a blue coat, warm and long", "say what it is made of", "north south east"]
 _WORDS = ("red", "blue", "silk", "warm", "long", "coat", "dress", "made")

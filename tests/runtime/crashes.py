@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import TinyFederation, row_keys
+from tiny import THOROUGH, TinyFederation, row_keys
 
 from fedllm.errors import ConfigError
 from fedllm.runs.jsonl import Row, read_rows
@@ -78,7 +78,7 @@ def some(points: Iterable[int], *, every: int) -> list[int]:
         points: All points.
         every: Of how many one is taken.
     """
-    return list(points)[:: 1 if os.environ.get("FEDLLM_THOROUGH") else every]
+    return list(points)[:: 1 if THOROUGH else every]
 
 
 def share_the_base(monkeypatch: pytest.MonkeyPatch, federation: TinyFederation) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from rounds import adapters, broken_and_resumed, bytes_of, check_the_plan
 from safetensors.torch import load_file
-from tiny import TinyFederation
+from tiny import TinyFederation, thorough
 
 from fedllm.aggregate.folded import pairs, split
 from fedllm.aggregate.lora import sites
@@ -189,6 +189,7 @@ def test_flora_begins_each_round_with_factors_drawn_from_the_seed_and_the_round(
     assert all(not torch.equal(one[name], two[name]) for name in one if "lora_A" in name)
 
 
+@thorough
 def test_the_same_job_twice_and_by_workers_gives_the_same_bits(make_federation: Make) -> None:
     for case in ("FedEx", "FLoRA, ranks"):
         one = make_federation(f"{case} one", job=CASES[case]).run()

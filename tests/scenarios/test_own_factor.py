@@ -12,7 +12,7 @@ import pytest
 import torch
 from rounds import adapters, broken_and_resumed, bytes_up, check_the_plan, own_adapters
 from safetensors.torch import load, load_file
-from tiny import TinyFederation
+from tiny import TinyFederation, thorough
 
 from fedllm.aggregate.lora import sites
 from fedllm.data.settings import DataSettings
@@ -72,6 +72,7 @@ def test_the_plan_foretells_the_bytes(case: str, make_federation: Make) -> None:
     check_the_plan(make_federation(job=CASES[case] | {"federation.num_rounds": 6}))
 
 
+@thorough
 def test_the_same_job_by_worker_processes_gives_the_same_adapters(make_federation: Make) -> None:
     one = make_federation("one", job=PLAN).run()
     two = make_federation("two", job=PLAN).run(num_workers=2)
