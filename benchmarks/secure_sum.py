@@ -87,7 +87,7 @@ class Parties:
         self.sums = {n: PartySums(n, HEX, HEX[:32], self.terms, Signatures(keys[n].sign, verify), book) for n in names}
         for sums in self.sums.values():
             # Nothing of a benchmark is written down.
-            sums._note = lambda request, round_: None  # type: ignore[method-assign]
+            sums._note = lambda what, round_: None  # type: ignore[method-assign]
 
     def asked(
         self, request: Payload | Mapping[str, Payload], round_: int, to: list[str] | tuple[str, ...]

@@ -306,3 +306,26 @@ def test_a_book_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
     sums = sum_party.PartySums("north", "", "", *[None] * 2, book=tmp_path / "sums.json")  # type: ignore[list-item]
     with pytest.raises(StateLost):
         sums._read()
+
+
+def test_a_sum_that_was_not_opened_binds_nobody_to_its_parties(
+    make_federation: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    federation = made(make_federation)
+    agreed = sum_party.PartySums.answer
+
+    def gone(self: Any, request: Payload, round_: int) -> Payload:
+        if isinstance(request, sum_messages.OpenSum) and round_ == 2 and self.party in ("south", "west"):
+            raise RunFailed("PARTY_FAILED", "it is gone")
+        return agreed(self, request, round_)
+
+    monkeypatch.setattr(sum_party.PartySums, "answer", gone)
+    with pytest.raises(RunPaused, match="sent their shares"):
+        federation.run()
+    monkeypatch.setattr(sum_party.PartySums, "answer", agreed)
+    # Two gave their shares, which open nothing; the other two are bound to nothing, and three of them are enough.
+    held = {key[0] for key in books(federation.folder / "run") if key[1] == "2/update"}
+    assert held == {"north", "east"}
+    with pytest.raises(RunPaused, match="COHORT_CHANGED"):
+        resume(federation.folder / "run", trainer=Failing("south"))
+    assert resume(federation.folder / "run").status == "SUCCESS"

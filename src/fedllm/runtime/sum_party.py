@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -58,7 +58,7 @@ class PartySums:
         run_id: The run.
         terms: The job's.
         signatures: How the party signs, and verifies the others.
-        book: A file that keeps what was agreed on, so that no sum is opened for others than before.
+        book: A file that keeps what was opened, so that no sum is opened again for others.
     """
 
     party: str
@@ -70,6 +70,7 @@ class PartySums:
     _member: Member | None = None
     _context: bytes = b""
     _asked: str = ""
+    _agreed: str = ""
 
     def answer(self, request: Payload, round_: int) -> Payload:
         """Return the answer to one step of a sum.
@@ -91,13 +92,15 @@ class PartySums:
                 member.take(request.sealed)
                 return SharesTaken()
             case AgreeSum():
-                signature = member.agree(request.survivors, self._asked)
-                self._note(request, round_)
-                return SumAgreed(signature=signature.hex())
+                self._check_book(request, round_)
+                self._agreed = _agreement_digest(self._asked, request.survivors)
+                return SumAgreed(signature=member.agree(request.survivors, self._asked).hex())
             case OpenSum():
                 signed = {name: bytes.fromhex(text) for name, text in request.signatures.items()}
                 opening = member.open(signed)
                 self._member = None
+                # Before the shares leave. Without them nothing is opened, and nothing need be remembered.
+                self._note(request.what, round_)
                 return SumOpened(seeds=opening.seeds, keys=opening.keys)
         raise PayloadError("PAYLOAD_REFUSED", f"{type(request).__name__} is no step of a sum", where=self.party)
 
@@ -154,22 +157,23 @@ class PartySums:
         self._member.mask(words)
         return self.terms.layout.masked(words, manifest, tuple(answer.counts))
 
-    def _note(self, request: AgreeSum, round_: int) -> None:
-        """Write down what is agreed on, before the signature leaves.
+    def _check_book(self, request: AgreeSum, round_: int) -> None:
+        """Raise where this sum was opened before for other parties, or of something else.
 
         What a party sends follows from what it is asked. If the server could have a sum opened for these parties, and
         again for all but one, it would know that one's part.
         """
-        agreed = hashlib.sha256(json.dumps([self._asked, sorted(request.survivors)]).encode()).hexdigest()
-        book, key = self._read(), f"{round_}/{request.what}"
-        if book.setdefault(key, agreed) != agreed:
+        agreed = _agreement_digest(self._asked, request.survivors)
+        if self._read().get(f"{round_}/{request.what}", agreed) != agreed:
             raise PayloadError(
                 "COHORT_CHANGED",
-                f"the sum of `{request.what}` of round {round_} was agreed on for other parties, or another request",
+                f"the sum of `{request.what}` of round {round_} was opened for other parties, or of another request",
                 where=self.party,
                 fix="have the same parties take part; if one is gone for good, start a new run",
             )
-        write_json(self.book, book)
+
+    def _note(self, what: str, round_: int) -> None:
+        write_json(self.book, self._read() | {f"{round_}/{what}": self._agreed})
 
     def _read(self) -> dict[str, str]:
         if not self.book.exists():
@@ -183,6 +187,10 @@ class PartySums:
                 where=str(self.book),
                 fix="restore it from a backup, or start a new run",
             ) from None
+
+
+def _agreement_digest(asked: str, survivors: Sequence[str]) -> str:
+    return hashlib.sha256(json.dumps([asked, sorted(survivors)]).encode()).hexdigest()
 
 
 def digest_of(frame: Frame) -> str:
