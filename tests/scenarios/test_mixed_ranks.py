@@ -17,7 +17,8 @@ from fedllm.errors import ConfigError
 from fedllm.privacy.settings import PrivacySettings
 from fedllm.runtime.plan import rehearse
 from fedllm.runtime.validate import validate
-from fedllm.scenarios.fedhomollm_settings import Settings, clashes
+from fedllm.scenarios.fedhomollm_clashes import clashes
+from fedllm.scenarios.fedhomollm_settings import Settings
 from fedllm.train.base import TrainSums
 from fedllm.train.settings import TrainSettings
 from fedllm.train.supervised import SupervisedTrainer

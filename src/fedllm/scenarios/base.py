@@ -23,6 +23,8 @@ from fedllm.wire.frame import check_finite, check_manifest
 from fedllm.wire.payload import Failure, Manifest, Payload, TensorMap, Tensors
 
 Row = dict[str, Any]
+# Key, what is wrong, and how to mend it.
+Clash = tuple[str, str, str]
 Log = Callable[[int, str | None, Mapping[str, float | int | None]], None]
 
 
@@ -278,9 +280,7 @@ class Scenario:
     server: Callable[..., ServerHalf]
     client: Callable[[ClientContext], ClientHalf]
     alone: Callable[[ScenarioSettings], ScenarioSettings]
-    clashes: Callable[
-        [Any, TrainSettings, PeftSettings, PrivacySettings, Sequence[str]], Iterable[tuple[str, str, str]]
-    ]
+    clashes: Callable[[Any, TrainSettings, PeftSettings, PrivacySettings, Sequence[str]], Iterable[Clash]]
     answer: Callable[[Any, Manifest, int, str], Manifest]
     who_learns_what: Callable[[Any, PrivacySettings], tuple[str, ...]]
     unused: Callable[[Any], tuple[type[Payload], ...]] = lambda settings: ()

@@ -44,6 +44,7 @@ from fedllm.scenarios.base import (
     collect,
 )
 from fedllm.scenarios.fedhomollm_answer import Answer, answer
+from fedllm.scenarios.fedhomollm_clashes import clashes
 from fedllm.scenarios.fedhomollm_client import Client
 from fedllm.scenarios.fedhomollm_down import as_sent, sent
 from fedllm.scenarios.fedhomollm_messages import (
@@ -59,7 +60,7 @@ from fedllm.scenarios.fedhomollm_messages import (
 )
 from fedllm.scenarios.fedhomollm_party_unit import ServerNoise, first_clip
 from fedllm.scenarios.fedhomollm_rows import loss_rows, loss_sums, rows_of, train_rows
-from fedllm.scenarios.fedhomollm_settings import Settings, clashes, needs_each, rule_of
+from fedllm.scenarios.fedhomollm_settings import Settings, needs_each, rule_of
 from fedllm.scenarios.fedhomollm_trust import who_learns_what
 from fedllm.seeds import stream
 from fedllm.wire.codecs import CodecSettings

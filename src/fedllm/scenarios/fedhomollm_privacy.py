@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 from fedllm.privacy.differential import DifferentialPrivacySettings
 from fedllm.privacy.secure_sum import LEAST_PARTIES
 from fedllm.privacy.settings import SecureAggregationSettings
-
-if TYPE_CHECKING:
-    from fedllm.scenarios.fedhomollm_settings import Clash, Settings
+from fedllm.scenarios.base import Clash
+from fedllm.scenarios.fedhomollm_settings import Settings
 
 
 def clashes_of_noise(settings: Settings, asked: DifferentialPrivacySettings) -> Iterator[Clash]:

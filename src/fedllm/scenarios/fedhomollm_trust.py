@@ -49,6 +49,6 @@ def _server(privacy: PrivacySettings, beside: str) -> str:
         )
     return (
         f"The server sees the weighted sum of the parties' updates{beside.replace('its', 'their')}, the sums of losses "
-        "and counts, who is in each sum, and the global adapter; of no party anything by itself, as long as more than "
-        "a third of those who began a sum do not work together with it."
+        "and counts, who is in each sum, and the global adapter; of no party anything by itself, unless more than a "
+        "third of those who began a sum work together with it."
     )
