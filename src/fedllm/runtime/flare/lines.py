@@ -102,6 +102,7 @@ class ServerLines:
         self._room = threading.BoundedSemaphore(_HANDSHAKES)
         self._door = socket.socket(socket.AF_UNIX)
         self._path = door_of(job_id)
+        self._ended = threading.Event()
 
     def serve(self, find: Find) -> None:
         """Take connections from now on.
@@ -131,16 +132,24 @@ class ServerLines:
             line = self._idle[peer].get_nowait()
         except Empty:
             return None
-        return _asked(line, wish, self._idle[peer])
+        answer = _asked(line, wish, self._idle[peer])
+        self._drain_if_ended(self._idle[peer])
+        return answer
 
     def need(self) -> None:
         """Nothing to do: the parties call."""
 
     def close(self) -> None:
         """Close all lines."""
+        self._ended.set()
         self._door.close()
         self._path.unlink(missing_ok=True)
         for idle in self._idle.values():
+            _drain(idle)
+
+    def _drain_if_ended(self, idle: LifoQueue[ssl.SSLSocket]) -> None:
+        # What was put there after `close` looked would stay open.
+        if self._ended.is_set():
             _drain(idle)
 
     def _wait(self) -> None:
@@ -174,6 +183,7 @@ class ServerLines:
             self._room.release()
         if kind == _GIVES:
             _put(line, self._idle[party])
+            self._drain_if_ended(self._idle[party])
         elif self._asking[party].acquire(blocking=False):
             try:
                 _answer_all(line, lambda wish: self._find(party, wish))
@@ -233,7 +243,10 @@ class PartyLines:
                 self._away_until = time.monotonic() + _AWAY_S
                 _log.warning("no line to the server, tensors go through FLARE: %s", reason_of(error))
                 return None
-        return _asked(line, wish, self._idle)
+        answer = _asked(line, wish, self._idle)
+        if self._ended.is_set():
+            _drain(self._idle)
+        return answer
 
     def need(self) -> None:
         """Open the lines on which the server asks, and keep them open."""
