@@ -17,7 +17,7 @@ from fedllm.job.policy import SUM_REQUESTS, check_operation
 from fedllm.runs.jsonl import read_rows
 from fedllm.runtime import sum_messages, sum_party
 from fedllm.runtime.federation import LinkedFederation
-from fedllm.runtime.run import RunResult, Watch, resume
+from fedllm.runtime.run import Watch, resume
 from fedllm.scenarios.base import Reply
 from fedllm.train.base import TrainSums, TrainTask
 from fedllm.train.supervised import SupervisedTrainer
@@ -51,10 +51,6 @@ def made(make: Make, name: str = "federation", **changes: Any) -> TinyFederation
 
 def plain(make: Make, name: str = "plain", **changes: Any) -> TinyFederation:
     return make(name, sizes=SIZES, job=PLAN | {"privacy.secure_aggregation": None} | changes)
-
-
-def steps_of(result: RunResult) -> list[str]:
-    return sorted(row["event"] for row in read_rows(result.path / "events.jsonl"))
 
 
 def test_one_of_four_drops_out_and_the_sum_is_that_of_the_others(make_federation: Make) -> None:
@@ -114,9 +110,7 @@ def test_counts_on_a_grid_travel_in_three_or_four_bytes(make_federation: Make, m
 
 
 class Lying(LinkedFederation):
-    """A server that asks for a sum's parts in the clear, by the way given."""
-
-    way = "total"
+    """A server that asks for a sum's parts in the clear."""
 
     def total(self, request: Payload, *, round_: int, to: Any, manifest: Any, **options: Any) -> Any:
         if request.private() and round_ == 1:

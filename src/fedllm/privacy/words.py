@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
-from fedllm.wire.payload import Manifest, TensorSpec
+from fedllm.wire.payload import TensorSpec
 
 # Name -> unsigned integers, of 32 bits (of which the lowest 24 may be all that counts) or of 64, one-dimensional.
 Words = dict[str, np.ndarray]
@@ -97,17 +97,6 @@ def width_of(spec: TensorSpec, *, parties: int, max_weight: int) -> Width:
         if bits is not None and parties * max_weight * 2 ** (bits - 1) < 2 ** (8 * num_bytes - 1):
             return Width(num_bytes)
     return Width(8)
-
-
-def widths_of(manifest: Manifest, *, parties: int, max_weight: int) -> dict[str, Width]:
-    """Return the width of each tensor.
-
-    Args:
-        manifest: The tensors, before they are weighted.
-        parties: The most that take part.
-        max_weight: The largest weight.
-    """
-    return {name: width_of(spec, parties=parties, max_weight=max_weight) for name, spec in manifest.items()}
 
 
 class Mask:
