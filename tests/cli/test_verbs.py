@@ -59,6 +59,14 @@ def test_init_refuses_a_folder_in_use(call: Call, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+def test_init_names_the_nearest_recipe(call: Call, tmp_path: Path) -> None:
+    code, _, err = call("init", tmp_path / "new", "--recipe", "fedavgg")
+    assert code == ExitCode.USAGE
+    assert "BAD_VALUE" in err
+    assert "`fedavg`" in err
+    assert not (tmp_path / "new").exists()
+
+
 def test_plan_foretells_the_bytes_of_the_run(call: Call, job_folder: Path, finished: Path) -> None:
     code, out, _ = call("plan", job_folder / "job.yaml", *SETS, "--json")
     assert code == 0

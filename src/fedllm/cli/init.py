@@ -10,14 +10,21 @@ import typer
 from fedllm.cli.output import print_json
 from fedllm.cli.run import AsJson
 
+Recipe = Annotated[
+    str, typer.Option("--recipe", metavar="NAME", help="What the job is about: fedavg (one adapter, tuned together).")
+]
+
 
 def init(
-    folder: Annotated[Path, typer.Argument(help="Folder to make.", show_default=False)], *, as_json: AsJson = False
+    folder: Annotated[Path, typer.Argument(help="Folder to make.", show_default=False)],
+    *,
+    recipe: Recipe = "fedavg",
+    as_json: AsJson = False,
 ) -> None:
     """Write a commented job, a file per party, sample data and a small base model that run as they are."""
     from fedllm.runtime.scaffold import write_job_folder
 
-    job = write_job_folder(folder)
+    job = write_job_folder(folder, recipe)
     if as_json:
         print_json({"job": str(job)})
         return
