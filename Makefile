@@ -27,7 +27,7 @@ demo: setup
 
 test: lint type
 	@$(BIN)/python -m pytest -n 2 --dist worksteal -m "not processes" $(PYTEST) || [ $$? -eq 5 ]
-	@$(BIN)/python -m pytest -m processes $(PYTEST) || [ $$? -eq 5 ]
+	@$(BIN)/python -m pytest -n 2 --dist worksteal -m processes $(PYTEST) || [ $$? -eq 5 ]
 
 lint:
 	@sh scripts/bootstrap.sh test,lint

@@ -76,7 +76,7 @@ def test_two_hundred_settings_are_never_below_others_and_at_most_one_percent_abo
         least, most = (by_opacus(rate, noise, steps, delta, whole=whole) for whole in (False, True))
         if not least * (1 - 1e-6) <= found <= most * 1.01:
             wrong.append(("RDP", rate, noise, steps, delta, found, least, most))
-        if number % (4 if THOROUGH else 20) == 0:
+        if number % (4 if THOROUGH else 40) == 0:
             # Seconds each.
             tight = epsilon_of(one(rate, noise, steps), delta=delta, accountant="PLD")
             expected = by_distribution(rate, noise, steps, delta)

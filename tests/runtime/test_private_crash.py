@@ -53,7 +53,7 @@ def test_a_crash_at_any_touch_of_the_disk_costs_no_budget_and_loses_none(
     paid, points = charges(federation), disk.count
     assert [len(found) for found in paid.values()] == [2, 2]
     assert points > 60
-    for point in some(range(1, points + 1), every=5):
+    for point in some(range(1, points + 1), every=11):
         shutil.rmtree(federation.folder / "parties" / "privacy")
         releases.drawn.clear()
         name = f"crash{point}"

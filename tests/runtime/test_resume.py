@@ -40,7 +40,7 @@ def test_a_crash_at_any_touch_of_the_disk_changes_nothing(
     expected = federation.run("unbroken")
     points = disk.count
     assert points > 80
-    for point in some(range(1, points + 1), every=3 + 4 * list(PLANS).index(name)):
+    for point in some(range(1, points + 1), every=5 + 6 * list(PLANS).index(name)):
         folder = f"crash{point}"
         with pytest.raises(Crash), disk.crashing_at(point):
             federation.run(folder)
@@ -63,8 +63,9 @@ def test_a_party_s_own_factor_survives_a_crash_at_any_touch_of_the_disk(
     share_the_base(monkeypatch, federation)
     disk = Disk(monkeypatch)
     expected = federation.run("unbroken")
-    # Every sixth point of the run, and every one near its end, where the adapters are handed over.
-    for point in sorted({*range(1, disk.count, 6), *range(disk.count - 25, disk.count)}):
+    # The end, where the adapters are handed over, more closely than the rest.
+    end = range(disk.count - 25, disk.count)
+    for point in sorted({*some(range(1, disk.count), every=12), *some(end, every=2)}):
         folder = f"crash{point}"
         with pytest.raises(Crash), disk.crashing_at(point):
             federation.run(folder)

@@ -55,7 +55,7 @@ def test_a_run_that_is_resumed_ends_as_the_unbroken_one(case: str, make_federati
     assert (result.status, result.adapter_sha256) == ("SUCCESS", expected.adapter_sha256)
 
 
-@pytest.mark.parametrize("rounds", [2, 6, 12])
+@pytest.mark.parametrize("rounds", [6, *(pytest.param(rounds, marks=thorough) for rounds in (2, 12))])
 @pytest.mark.parametrize("case", ["FedEx", "FLoRA", "FLoRA, ranks", "FLoRA, saved modules"])
 def test_the_plan_foretells_bytes_that_grow(case: str, rounds: int, make_federation: Make) -> None:
     check_the_plan(make_federation(job=CASES[case] | {"federation.num_rounds": rounds}))

@@ -11,7 +11,7 @@ import pytest
 import torch
 from rounds import adapters, broken_and_resumed, bytes_of, changed, check_the_plan
 from safetensors.torch import load_file
-from tiny import TinyFederation
+from tiny import TinyFederation, thorough
 
 from fedllm.aggregate.lora import sites
 from fedllm.aggregate.server import DEFAULTS
@@ -76,6 +76,7 @@ def test_a_run_that_is_resumed_ends_as_the_unbroken_one(case: str, make_federati
     assert (result.status, result.rounds, result.adapter_sha256) == ("SUCCESS", 3, expected.adapter_sha256)
 
 
+@thorough
 def test_every_strategy_and_rule_goes_another_way(make_federation: Make) -> None:
     shas = {case: make_federation(case, job=plan).run().adapter_sha256 for case, plan in CASES.items()}
     assert len(set(shas.values())) == len(CASES), shas

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import platform
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,12 @@ LIBRARIES = ("fedllm", "torch", "transformers", "peft", "safetensors", "numpy", 
 
 def versions() -> dict[str, str]:
     """Return the versions of the libraries that decide the bits of a run."""
-    return {name: version(name) for name in LIBRARIES}
+    return dict(_versions())
+
+
+@cache
+def _versions() -> tuple[tuple[str, str], ...]:
+    return tuple((name, version(name)) for name in LIBRARIES)
 
 
 def effective(job: Job) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,12 @@ def render_report(record: RunRecord) -> str:
     Args:
         record: What the run folder says.
     """
+    return _environment().get_template("report.html.j2").render(_context(record))
+
+
+@cache
+def _environment() -> Any:
+    """Return what holds the templates, compiled once in a process."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -83,7 +90,7 @@ def render_report(record: RunRecord) -> str:
     )
     environment.filters |= {"number": number_text, "size": size_text, "seconds": seconds_text}
     environment.filters |= {"plain": value_text, "clock": clock_text, "origin": origin_text}
-    return environment.get_template("report.html.j2").render(_context(record))
+    return environment
 
 
 def printable(value: Any) -> Any:
