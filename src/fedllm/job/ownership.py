@@ -28,6 +28,22 @@ def claim_folder(located: LocatedParty) -> ClaimFolder:
     return ClaimFolder((located.base_dir / name).resolve())
 
 
+def check_committed(job: Job, parties: list[LocatedParty]) -> None:
+    """Raise where a claimant on this machine has not committed to a claim on the job's model.
+
+    Args:
+        job: The job.
+        parties: The parties of this machine.
+
+    Raises:
+        ConfigError: `OWNERSHIP_UNCOMMITTED` (E23).
+        IdentityError: A claim or a commitment was changed.
+    """
+    for located in parties:
+        if located.party.name in job.ownership.claimants:
+            claim_folder(located).commitment(job.digest)
+
+
 def ownership_clashes(job: Job) -> Iterator[tuple[str, str, str]]:
     """Yield what cannot hold together, as (key, what, fix).
 
@@ -59,6 +75,9 @@ def _of_the_product(job: Job) -> Iterator[tuple[str, str, str]]:
 
 
 def _of_the_mean(job: Job) -> Iterator[tuple[str, str, str]]:
+    if getattr(getattr(job.federation, "strategy", None), "name", "") == "SCAFFOLD":
+        what = "SCAFFOLD's control variates would take a mark's steps for gradients, and take them away (E22)"
+        yield "ownership.carrier", what, "set another `federation.strategy`"
     robust = getattr(getattr(job.federation, "robust", None), "name", "none")
     if robust not in ("none", "NormClipping"):
         what = f"{robust} takes away what one party alone pushes, and so its mark (E22)"

@@ -1,22 +1,28 @@
 """White-box marks: secret bits in what a job trains, put there by a pull on the parameters that reads no data.
 
-Source: FedIPR (Li et al. 2022, arXiv:2109.13236), section 4.1: the hinge term a * sum_j max(mu - b_j t_j, 0) beside the
-loss. Differs: t_j is read from the change to the base model. In LoRA's product it is
+Source: FedIPR (Li et al. 2022, arXiv:2109.13236), section 4.1: bit j is the sign of t_j, held there by the hinge term
+a * sum_j max(mu - b_j t_j, 0) beside the loss. Differs in three things. First, t_j is read from the change to the base
+model. In LoRA's product it is
 
     t_j = sum over sites of u_j^T (s B A) v_j      with secret random unit vectors u_j, v_j per site,
 
 which no other choice of factors changes, and which stays in merged weights; in the norms' scales it is e_j^T (g - g_0).
-The term's gradient joins that of the loss after clipping, and after the noise of private training: it depends on the
-key and the parameters alone.
+Second, the term moves the parameters by steps of its own, each as long as makes up a share a of what a bit lacks: an
+optimiser such as AdamW scales any gradient to its learning rate, and would push t_j to forty times mu, or not at all.
+Third, mu grows with what is tuned: beside the job's margin it has four standard deviations of what a random key reads.
+
+The steps depend on the key and the parameters alone, so private training needs no noise on them.
 
 Shapes: N bits of a mark, R and K rows and columns of a site, r rank.
 """
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -27,7 +33,8 @@ from fedllm.seeds import stream
 
 _LORA = re.compile(r"^base_model\.model\.(.+)\.lora_A\.default\.weight$")
 _NORM = re.compile(r"^(?:base_model\.model\.)?(.+?)(?:\.(?:ln_tuning_layers|modules_to_save)\.default)?\.weight$")
-_Parameters = Mapping[str, torch.Tensor]
+# Of what a random key reads: so far each bit is held off zero, beside the job's margin.
+_DEVIATIONS = 4.0
 
 
 def mark_sites(tunable: TunableModel, carrier: Carrier) -> tuple[MarkSite, ...]:
@@ -103,34 +110,77 @@ def scale_rows(claim: Claim, site: MarkSite) -> torch.Tensor:
     """
     total = sum(one.rows for one in claim.sites)
     drawn = stream(int(claim.key_seed, 16), "mark", site.name, "scale").standard_normal((len(claim.bits), site.rows))
-    return torch.from_numpy(drawn).float() / total**0.5
+    rows: torch.Tensor = torch.from_numpy(drawn).float() / math.sqrt(total)
+    return rows
 
 
 @dataclass(frozen=True)
 class _Product:
     """A site's part of t: s (U B) * (V A^T), summed over the rank; `left` U is (N, R), `right` V (N, K)."""
 
-    a: str
-    b: str
+    a: torch.nn.Parameter
+    b: torch.nn.Parameter
     scale: float
     left: torch.Tensor
     right: torch.Tensor
 
-    def part(self, parameters: _Parameters) -> torch.Tensor:
-        a, b = parameters[self.a].float(), parameters[self.b].float()
-        return self.scale * ((self.left @ b) * (self.right @ a.T)).sum(1)
+    def sides(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return U B and V A^T, (N, r) both, the scale in the first."""
+        return self.scale * (self.left @ self.b.detach().float()), self.right @ self.a.detach().float().T
+
+    def part(self) -> torch.Tensor:
+        """Return the site's part of t, (N,)."""
+        left, right = self.sides()
+        return (left * right).sum(1)
+
+    def square(self) -> torch.Tensor:
+        """Return the squared length of t's gradient over what moves here, (N,)."""
+        left, right = self.sides()
+        found = torch.zeros(len(left), device=left.device)
+        if self.b.requires_grad:
+            found += self.scale**2 * right.square().sum(1)
+        return found + left.square().sum(1) if self.a.requires_grad else found
+
+    def variance(self) -> float:
+        """Return the variance of what a random key reads here: |s B A|^2 / (R K)."""
+        a, b = self.a.detach().float(), self.b.detach().float()
+        square = float(((b.T @ b) * (a @ a.T)).sum())
+        return self.scale**2 * square / (b.shape[0] * a.shape[1])
+
+    def move(self, by: torch.Tensor) -> None:
+        """Add the gradient of `by` (N,) times t to what moves."""
+        left, right = self.sides()
+        if self.b.requires_grad:
+            self.b.data += (self.scale * self.left.T @ (by[:, None] * right)).to(self.b.dtype)
+        if self.a.requires_grad:
+            self.a.data += (left.T @ (by[:, None] * self.right)).to(self.a.dtype)
 
 
 @dataclass(frozen=True)
 class _Scale:
     """A norm's part of t: E (g - g_0); `base` g_0 is (R,), `key` E (N, R)."""
 
-    name: str
+    g: torch.nn.Parameter
     base: torch.Tensor
     key: torch.Tensor
 
-    def part(self, parameters: _Parameters) -> torch.Tensor:
-        return self.key @ (parameters[self.name].float() - self.base)
+    def part(self) -> torch.Tensor:
+        """Return the norm's part of t, (N,)."""
+        return self.key @ (self.g.detach().float() - self.base)
+
+    def square(self) -> torch.Tensor:
+        """Return the squared length of t's gradient over what moves here, (N,)."""
+        return self.key.square().sum(1) * float(self.g.requires_grad)
+
+    def variance(self) -> float:
+        """Return the variance of what a random key of this length reads here."""
+        change = self.g.detach().float() - self.base
+        return float(change.square().mean() * self.key.square().sum(1).mean())
+
+    def move(self, by: torch.Tensor) -> None:
+        """Add the gradient of `by` (N,) times t to what moves."""
+        if self.g.requires_grad:
+            self.g.data += (by @ self.key).to(self.g.dtype)
 
 
 class Mark:
@@ -142,58 +192,49 @@ class Mark:
         base: The first values of what is trained; norms are read against them.
     """
 
-    def __init__(self, claim: Claim, tunable: TunableModel, base: _Parameters) -> None:
-        self._trainable = tunable.trainable
+    def __init__(self, claim: Claim, tunable: TunableModel, base: Mapping[str, torch.Tensor]) -> None:
         device = next(iter(tunable.trainable.values())).device
         self._signs = torch.tensor(claim.signs(), dtype=torch.float32, device=device)
-        parts = _products(claim, tunable) if claim.carrier == "product" else _norms(claim, tunable, base)
-        self._parts = [_to(part, device) for part in parts]
+        make = _product if claim.carrier == "product" else partial(_scale, base=base)
+        self._parts = [make(claim, site, tunable, device) for site in claim.sites]
 
-    def readings(self, parameters: _Parameters | None = None) -> torch.Tensor:
-        """Return t, (N,): bit j is read as 1 where it is above zero.
+    def readings(self) -> torch.Tensor:
+        """Return t, (N,): bit j is read as 1 where it is above zero."""
+        return torch.stack([part.part() for part in self._parts]).sum(0)
 
-        Args:
-            parameters: Other values of what is trained than those of the model.
-        """
-        values = self._trainable if parameters is None else parameters
-        return torch.stack([part.part(values) for part in self._parts]).sum(0)
+    def noise(self) -> float:
+        """Return the standard deviation of what a random key reads in the same parameters."""
+        return math.sqrt(sum(part.variance() for part in self._parts))
 
     def pull(self, settings: OwnershipSettings) -> Callable[[float], None]:
-        """Return what adds the gradient of a * sum_j max(mu - b_j t_j, 0) to that of a step.
+        """Return what takes a step towards the bits, right before each step of the optimiser.
 
         Args:
             settings: The strength a, and the margin mu.
         """
 
         def correct(rate: float) -> None:
-            moving = [value for value in self._trainable.values() if value.requires_grad and value.grad is not None]
-            short = (settings.margin - self._signs * self.readings()).clamp_min(0)
-            if not bool(short.any()):
-                return
-            found = torch.autograd.grad(settings.strength * short.sum(), moving, allow_unused=True)
-            for value, part in zip(moving, found, strict=True):
-                if part is not None and value.grad is not None:
-                    value.grad.add_(part)
+            target = settings.margin + _DEVIATIONS * self.noise()
+            short = (target - self._signs * self.readings()).clamp_min(0)
+            square = torch.stack([part.square() for part in self._parts]).sum(0)
+            # Where a factor is zero there is no way to move yet.
+            by = torch.where(square > 0, settings.strength * self._signs * short / square.clamp_min(1e-12), 0.0)
+            for part in self._parts:
+                part.move(by)
 
         return correct
 
 
-def _products(claim: Claim, tunable: TunableModel) -> Iterator[_Product]:
-    for site in claim.sites:
-        head = f"base_model.model.{site.name}"
-        scale = float(tunable.model.get_submodule(head).scaling["default"])
-        left, right = unit_rows(claim, site, "rows"), unit_rows(claim, site, "columns")
-        yield _Product(f"{head}.lora_A.default.weight", f"{head}.lora_B.default.weight", scale, left, right)
+def _product(claim: Claim, site: MarkSite, tunable: TunableModel, device: torch.device) -> _Product | _Scale:
+    head = f"base_model.model.{site.name}"
+    a, b = (tunable.trainable[f"{head}.lora_{factor}.default.weight"] for factor in "AB")
+    scale = float(tunable.model.get_submodule(head).scaling["default"])
+    left, right = (unit_rows(claim, site, side).to(device) for side in ("rows", "columns"))
+    return _Product(a, b, scale, left, right)
 
 
-def _norms(claim: Claim, tunable: TunableModel, base: _Parameters) -> Iterator[_Scale]:
-    names = _scales(tunable)
-    for site in claim.sites:
-        name = names[site.name][0]
-        yield _Scale(name, base[name].float(), scale_rows(claim, site))
-
-
-def _to(part: _Product | _Scale, device: torch.device) -> _Product | _Scale:
-    if isinstance(part, _Product):
-        return _Product(part.a, part.b, part.scale, part.left.to(device), part.right.to(device))
-    return _Scale(part.name, part.base.to(device), part.key.to(device))
+def _scale(
+    claim: Claim, site: MarkSite, tunable: TunableModel, device: torch.device, *, base: Mapping[str, torch.Tensor]
+) -> _Product | _Scale:
+    name = _scales(tunable)[site.name][0]
+    return _Scale(tunable.trainable[name], base[name].float().to(device), scale_rows(claim, site).to(device))

@@ -20,9 +20,14 @@ class OwnershipSettings(BaseModel):
         "or nowhere.",
     )
     num_bits: int = Field(32, ge=8, le=1024, description="Bits of each claimant.")
-    strength: float = Field(0.2, gt=0, description="Weight of a mark's term beside the loss.")
+    strength: float = Field(
+        0.2, gt=0, le=1, description="Share of what a bit lacks that each step of training makes up for."
+    )
     margin: float = Field(
-        0.1, gt=0, description="How far on its side of zero each bit is held; in units of the change of a weight."
+        0.1,
+        gt=0,
+        description="How far on its side of zero each bit is held, beside four standard deviations of what a random "
+        "key reads; in units of the change of a weight.",
     )
     threshold: float = Field(
         1e-6, gt=0, le=0.01, description="Largest p-value of a claim that holds, after Bonferroni's correction."

@@ -1,18 +1,25 @@
-"""Commit to claims before a run, and hand each claimant's mark to its training."""
+"""Commit to claims before a run, and verify claims on a suspect model."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 
 from fedllm.errors import ConfigError
 from fedllm.job.check import check_job
 from fedllm.job.job import Job, LocatedParty
 from fedllm.job.ownership import claim_folder
-from fedllm.models.adapter import TunableModel, skeleton
+from fedllm.models.adapter import skeleton
 from fedllm.models.digest import base_digest
-from fedllm.ownership.claims import Claim, MarkSite, new_bits, new_secret
+from fedllm.ownership.claims import load_claim
 from fedllm.ownership.commitments import Commitment
-from fedllm.ownership.marks import mark_sites, num_free
+from fedllm.ownership.disputes import standing
+from fedllm.ownership.log import OwnershipLog, check_log, find_log, read_log
+from fedllm.ownership.suspect import check_base, open_suspect
+from fedllm.ownership.verify import Verdict, judge, read_marks
+from fedllm.runtime.marks import new_claim, sites_of
 from fedllm.runtime.site import base_folder
 
 
@@ -55,51 +62,57 @@ def _stamped(job: Job, claimants: list[LocatedParty], stamp: Path) -> tuple[Path
     return place.claim_file(job.digest), place.attach(job.digest, stamp)
 
 
-def new_claim(job: Job, party: str, *, base_digest: str, sites: tuple[MarkSite, ...]) -> Claim:
-    """Return a claim with a key, bits and salt that were never used before.
+@dataclass(frozen=True)
+class Evidence:
+    """What is laid before an arbiter: claims, opened; their logs, one for all or one each; what else is known.
 
-    Args:
-        job: The job.
-        party: The claimant.
-        base_digest: Digest of the base model.
-        sites: Where the carrier sits.
+    `base` is the base model's folder, which a whole model and norms are read against. `seen` is when the suspect was
+    first seen, and `keys` are public keys of parties that are known by other ways than the logs.
     """
-    settings = job.ownership
-    return Claim(
-        party=party,
-        job_digest=job.digest,
-        base_digest=base_digest,
-        carrier=settings.carrier,
-        sites=sites,
-        key_seed=new_secret(),
-        bits=new_bits(settings.num_bits if settings.carrier != "none" else 0),
-        threshold=settings.threshold,
-        salt=new_secret(),
-    )
+
+    claims: Sequence[Path]
+    logs: Sequence[Path] = ()
+    base: Path | None = None
+    seen: datetime | None = None
+    keys: Mapping[str, str] = field(default_factory=dict)
 
 
-def sites_of(job: Job, tunable: TunableModel) -> tuple[MarkSite, ...]:
-    """Return where the bits of a job's claimants sit, once there is room for all of them.
+def verify(model: Path, evidence: Evidence) -> list[Verdict]:
+    """Return a verdict on each claim on a suspect model.
 
     Args:
-        job: The job.
-        tunable: The model with its tuning method; a skeleton will do.
+        model: The suspect: an adapter's folder, a model's folder, or a run folder.
+        evidence: What is laid before the arbiter.
 
     Raises:
-        ConfigError: `BAD_COMBINATION`, there is no such carrier in what is trained, or it is too small (E22).
+        ConfigError: A file is missing, or claims and logs do not go together.
+        IdentityError: `KEY_EXPOSED`, others than its owner can read a claim.
+        ModelError: The suspect or the base cannot be read, or it is another base.
+        StateLost: `OWNERSHIP_BROKEN`.
     """
-    settings = job.ownership
-    if settings.carrier == "none":
-        return ()
-    sites = mark_sites(tunable, settings.carrier)
-    rank = (job.peft.r or 0) if settings.carrier == "product" else 0
-    free = num_free(sites, rank=rank, only_b=getattr(job.federation, "lora_rule", "") == "FFA-LoRA")
-    asked = len(settings.claimants) * settings.num_bits
-    if asked > free:
-        what = f"{asked} bits of {len(settings.claimants)} claimants do not fit into {free} numbers (E22)"
-        if not sites:
-            what = f"nothing that is trained is a carrier of the kind `{settings.carrier}` (E22)"
-        fix = "lower `num_bits`, take another carrier, or train more: a higher rank, or norms in `peft.modules_to_save`"
-        where = job.origins.get("ownership.num_bits", "ownership.num_bits")
-        raise ConfigError("BAD_COMBINATION", what, where=where, fix=fix)
-    return sites
+    claims = [load_claim(path) for path in evidence.claims]
+    if evidence.base:
+        for expected in sorted({claim.base_digest for claim in claims}):
+            check_base(evidence.base, expected)
+    logs = _logs(evidence)
+    standings = [
+        standing(claim, log, seen=evidence.seen, keys=evidence.keys) if log else None
+        for claim, log in zip(claims, logs, strict=True)
+    ]
+    suspect = open_suspect(model, evidence.base)
+    return judge(claims, standings, lambda claim: read_marks(claim, suspect))
+
+
+def _logs(evidence: Evidence) -> list[OwnershipLog | None]:
+    count, paths = len(evidence.claims), list(evidence.logs)
+    if len(paths) not in (0, 1, count):
+        what = f"{len(paths)} logs for {count} claims"
+        raise ConfigError("BAD_VALUE", what, where="--log", fix="give one log for all claims, or one each")
+    return [_checked(path) for path in paths * (count if len(paths) == 1 else 1)] or [None] * count
+
+
+def _checked(path: Path) -> OwnershipLog:
+    folder = find_log(path)
+    log = read_log(folder)
+    check_log(log, where=folder)
+    return log
