@@ -38,6 +38,7 @@ from ownership_attacks import (
 )
 from ruamel.yaml import YAML
 
+from fedllm.cli import quiet_dependencies
 from fedllm.data.adverts import AdvertTask, common_test, party_examples
 from fedllm.evaluate.loss import evaluate_examples
 from fedllm.job.job import Job, LocatedParty, load_parties
@@ -264,6 +265,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="runs with marks and without, each")
     parser.add_argument("--only", choices=("marks", "attacks", "norms"), help="one of the tables")
     arguments = parser.parse_args()
+    quiet_dependencies()
     tables: dict[str, Callable[[Path], None]] = {
         "marks": lambda job_file: marks_table(job_file, arguments.seeds),
         "attacks": robustness_table,

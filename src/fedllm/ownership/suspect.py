@@ -103,7 +103,9 @@ class AdapterSuspect:
 
     def scale(self, site: MarkSite) -> torch.Tensor:
         """Return the change of a norm's scale, (R,)."""
-        names = (f"{_PREFIX}{site.name}.weight", f"{site.name}.weight")
+        # As PEFT saves modules beside an adapter, as it saves tuned norms, and as methods that PEFT has not are saved.
+        kept, tuned = f"{_PREFIX}{site.name}.weight", f"{_PREFIX}{site.name}.ln_tuning_layers.weight"
+        names = (kept, tuned, f"{site.name}.weight")
         own = next((found for name in names if (found := self.files.get(name)) is not None), None)
         base = self.base.get(f"{site.name}.weight") if self.base else None
         return torch.zeros(site.rows) if own is None or base is None or own.shape != base.shape else own - base
