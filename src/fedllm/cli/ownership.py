@@ -57,7 +57,10 @@ def verify(  # noqa: PLR0913 - each is an option of the command
         Path, typer.Argument(help="The suspect: an adapter, a whole model, or a run folder.", show_default=False)
     ],
     *,
-    claim: Annotated[list[Path], typer.Option(help="A claim, opened to you alone; repeatable.", show_default=False)],
+    claim: Annotated[
+        list[Path],
+        typer.Option(help="A claim, opened to you alone, or the folder with it; repeatable.", show_default=False),
+    ],
     log: Annotated[
         list[Path] | None, typer.Option(help="The log of commitments, or its run folder: one for all, or one a claim.")
     ] = None,

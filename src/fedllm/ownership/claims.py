@@ -21,6 +21,7 @@ from fedllm.ownership.settings import Carrier
 _HEX = r"^[0-9a-f]{64}$"
 _TAG = b"fedllm own-v1\0"
 _MAX_CLAIM_BYTES = 2**24
+CLAIM_SUFFIX = ".claim.json"
 
 
 class Trigger(BaseModel):
@@ -118,16 +119,38 @@ def save_claim(claim: Claim, path: Path) -> None:
     save_private(text.encode(), path, fix=fix)
 
 
+def find_claim(path: Path) -> Path:
+    """Return the file of a claim: the one that is named, or the only one in a folder.
+
+    Args:
+        path: A file, or a party's folder of claims.
+
+    Raises:
+        ConfigError: `FILE_NOT_FOUND`, or `BAD_VALUE` where a folder has several.
+    """
+    if not path.is_dir():
+        return path
+    found = sorted(path.glob(f"*{CLAIM_SUFFIX}"))
+    if len(found) == 1:
+        return found[0]
+    if found:
+        names = ", ".join(one.name for one in found[:5])
+        raise ConfigError("BAD_VALUE", f"{len(found)} claims: {names}", where=str(path), fix="name one of the files")
+    fix = "`fedllm ownership commit` writes claims into the party's folder"
+    raise ConfigError("FILE_NOT_FOUND", "no claim is in this folder", where=str(path), fix=fix)
+
+
 def load_claim(path: Path) -> Claim:
     """Return the claim in a file.
 
     Args:
-        path: From `save_claim`; readable by its owner alone.
+        path: From `save_claim`; readable by its owner alone. A folder with one claim stands for it.
 
     Raises:
         IdentityError: `KEY_EXPOSED`, or `BAD_KEY` where it cannot be read.
-        ConfigError: `BAD_VALUE`, it is no claim.
+        ConfigError: `BAD_VALUE`, it is no claim; `FILE_NOT_FOUND`.
     """
+    path = find_claim(path)
     data = read_private(path, fix="name a claim that `fedllm ownership commit` wrote", max_bytes=_MAX_CLAIM_BYTES)
     try:
         return Claim.model_validate_json(data)

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedllm.disk import write_atomic
 from fedllm.errors import ConfigError, IdentityError
-from fedllm.ownership.claims import Claim, load_claim, save_claim
+from fedllm.ownership.claims import CLAIM_SUFFIX, Claim, load_claim, save_claim
 from fedllm.ownership.keys import is_signed, open_key, public_hex, sign
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ class ClaimFolder:
         Args:
             job_digest: The job.
         """
-        return self.root / f"{job_digest[:16]}.claim.json"
+        return self.root / f"{job_digest[:16]}{CLAIM_SUFFIX}"
 
     def commitment_file(self, job_digest: str) -> Path:
         """Return where the commitment to it is.
