@@ -123,6 +123,18 @@ def test_a_step_makes_up_its_share_of_what_a_bit_lacks(base: Path) -> None:
     assert float(mark.readings()) == pytest.approx(ASKED.strength * ASKED.margin, rel=1e-4)
 
 
+def test_marks_that_fill_a_carrier_do_not_drive_one_another_on(base: Path) -> None:
+    """Bits are a part of the noise that their margin grows with: without a bound they would grow without end."""
+    tunable = tunable_of(base, NORMS)
+    claim = claim_of(carrier="norms", sites=mark_sites(tunable, "norms"), bits="01" * 50)
+    mark = Mark(claim, tunable, tunable.initial(3))
+    pull = mark.pull(OwnershipSettings(carrier="norms", claimants=["north"], num_bits=100))
+    for _ in range(200):
+        pull(0.0)
+    held = mark.readings() * torch.tensor(claim.signs())
+    assert bool((held > ASKED.margin).all()) and float(held.mean()) < 4 * ASKED.margin
+
+
 def test_a_random_key_reads_what_its_noise_says(base: Path) -> None:
     tunable = tunable_of(base, LORA)
     claim = claim_of(sites=mark_sites(tunable, "product"), bits="1" * 1024)

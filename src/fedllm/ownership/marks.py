@@ -9,7 +9,8 @@ model. In LoRA's product it is
 which no other choice of factors changes, and which stays in merged weights; in the norms' scales it is e_j^T (g - g_0).
 Second, the term moves the parameters by steps of its own, each as long as makes up a share a of what a bit lacks: an
 optimiser such as AdamW scales any gradient to its learning rate, and would push t_j to forty times mu, or not at all.
-Third, mu grows with what is tuned: beside the job's margin it has four standard deviations of what a random key reads.
+Third, mu grows with what is tuned: beside the job's margin it has four standard deviations of what a random key reads;
+fewer where the marks fill much of the carrier, because they are a part of those deviations themselves.
 
 The steps depend on the key and the parameters alone, so private training needs no noise on them.
 
@@ -35,6 +36,8 @@ _LORA = re.compile(r"^base_model\.model\.(.+)\.lora_A\.default\.weight$")
 _NORM = re.compile(r"^(?:base_model\.model\.)?(.+?)(?:\.(?:ln_tuning_layers|modules_to_save)\.default)?\.weight$")
 # Of what a random key reads: so far each bit is held off zero, beside the job's margin.
 _DEVIATIONS = 4.0
+# Largest share of a margin that the marks' own part of those deviations may make up; at 1 it would grow without end.
+_OWN_SHARE = 0.5
 
 
 def mark_sites(tunable: TunableModel, carrier: Carrier) -> tuple[MarkSite, ...]:
@@ -195,6 +198,7 @@ class Mark:
     def __init__(self, claim: Claim, tunable: TunableModel, base: Mapping[str, torch.Tensor]) -> None:
         device = next(iter(tunable.trainable.values())).device
         self._signs = torch.tensor(claim.signs(), dtype=torch.float32, device=device)
+        self._free = num_free(claim.sites, rank=tunable.peft.r or 0 if claim.carrier == "product" else 0)
         make = _product if claim.carrier == "product" else partial(_scale, base=base)
         self._parts = [make(claim, site, tunable, device) for site in claim.sites]
 
@@ -213,8 +217,14 @@ class Mark:
             settings: The strength a, and the margin mu.
         """
 
+        # N bits held at t by the shortest change, in C numbers that move freely, have a random key read about
+        # t sqrt(N / (C - N)).
+        bits = len(settings.claimants) * settings.num_bits
+        filled = math.sqrt(bits / max(self._free - bits, 1))
+        deviations = min(_DEVIATIONS, _OWN_SHARE / filled)
+
         def correct(rate: float) -> None:
-            target = settings.margin + _DEVIATIONS * self.noise()
+            target = settings.margin + deviations * self.noise()
             short = (target - self._signs * self.readings()).clamp_min(0)
             square = torch.stack([part.square() for part in self._parts]).sum(0)
             # Where a factor is zero there is no way to move yet.
