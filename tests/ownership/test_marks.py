@@ -144,12 +144,13 @@ def test_a_random_key_reads_what_its_noise_says(base: Path) -> None:
 
 def test_a_foreign_key_and_flipped_bits_prove_nothing(base: Path, tmp_path: Path) -> None:
     tunable = tunable_of(base, LORA)
-    claim = claim_of(sites=mark_sites(tunable, "product"))
+    claim = claim_of(sites=mark_sites(tunable, "product"), key_seed="7" * 64, bits="0110" * 8)
     pulled(tunable, claim)
     suspect = open_suspect(saved(tunable, base, tmp_path)[0], None)
     flipped = claim.bits.translate(str.maketrans("01", "10"))
     assert read_marks(claim.model_copy(update={"bits": flipped}), suspect)[0].p == 1.0
-    foreign = [read_marks(claim_of(sites=claim.sites), suspect)[0].p for _ in range(20)]
+    keys = [claim.model_copy(update={"key_seed": f"{number:064x}"}) for number in range(20)]
+    foreign = [read_marks(key, suspect)[0].p for key in keys]
     assert min(foreign) > 1e-4 and max(foreign) > 0.3
 
 
@@ -193,7 +194,7 @@ def scaled_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tensors = load_file(folder / "model.safetensors")
     draw = torch.Generator().manual_seed(2)
     for name in [name for name in tensors if "norm" in name]:
-        tensors[name] = torch.exp(0.5 * torch.randn(tensors[name].shape, generator=draw))
+        tensors[name] = torch.exp(torch.randn(tensors[name].shape, generator=draw))
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     return folder
 
@@ -201,7 +202,7 @@ def scaled_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_folding_takes_bits_out_of_norms(scaled_base: Path, tmp_path: Path) -> None:
     tunable = tunable_of(scaled_base, NORMS)
     sites = tuple(site for site in mark_sites(tunable, "norms") if site.name != "model.norm")
-    claim = claim_of(carrier="norms", sites=sites)
+    claim = claim_of(carrier="norms", sites=sites, key_seed="7" * 64, bits="01" * 16)
     pulled(tunable, claim)
     _, whole = saved(tunable, scaled_base, tmp_path)
     before = _logits(whole)
@@ -213,7 +214,7 @@ def test_folding_takes_bits_out_of_norms(scaled_base: Path, tmp_path: Path) -> N
 
 def test_folding_hides_bits_in_the_product_until_scales_are_taken_out(scaled_base: Path, tmp_path: Path) -> None:
     tunable = tunable_of(scaled_base, LORA)
-    claim = claim_of(sites=mark_sites(tunable, "product"))
+    claim = claim_of(sites=mark_sites(tunable, "product"), key_seed="7" * 64, bits="01" * 16)
     pulled(tunable, claim)
     _, whole = saved(tunable, scaled_base, tmp_path)
     _folded(whole)

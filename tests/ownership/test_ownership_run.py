@@ -77,7 +77,6 @@ def test_nobody_finds_a_mark_in_an_unmarked_sibling(marked: Any, base: Path, tmp
     sibling = tiny_federation(tmp_path, base, sizes=FOUR, job=JOB | {"ownership": None}).run()
     verdicts = verify(sibling.path, Evidence(claims, [run.path]))
     assert [verdict.status for verdict in verdicts] == ["not shown"] * 4
-    assert min(verdict.p for verdict in verdicts) > 1e-4
 
 
 @pytest.mark.parametrize("protection", [SUMS, NOISE], ids=["secure sum", "private training"])
