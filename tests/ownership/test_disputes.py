@@ -145,6 +145,13 @@ def test_a_forged_signature_and_a_head_of_another_run_are_found(tmp_path: Path) 
         check_log(OwnershipLog(log.entries), where=tmp_path)
 
 
+def test_a_late_commitment_does_not_pass_for_an_early_one_by_taking_heads_away(tmp_path: Path) -> None:
+    late = claim_of("east")
+    log = log_of(claim_of(), late=[late])
+    with pytest.raises(StateLost, match="head from before round 0 is missing"):
+        check_log(OwnershipLog(log.entries, log.heads[1:]), where=tmp_path)
+
+
 def test_a_log_that_not_all_signed_or_with_another_key_proves_nothing() -> None:
     claim = claim_of()
     log = log_of(claim)

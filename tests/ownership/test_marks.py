@@ -159,6 +159,13 @@ def test_a_model_that_changed_nothing_has_no_mark(base: Path) -> None:
     assert [reading.matches for reading in read_marks(claim, open_suspect(base, base))] == [0, 0]
 
 
+def test_a_model_with_other_names_is_refused_and_not_called_unmarked(base: Path) -> None:
+    claim = claim_of(sites=mark_sites(skeleton(base, LORA), "product"))
+    renamed = tuple(site.model_copy(update={"name": f"other.{site.name}"}) for site in claim.sites)
+    with pytest.raises(ModelError, match="none of the 14 weights"):
+        read_marks(claim.model_copy(update={"sites": renamed}), open_suspect(base, base))
+
+
 def _folded(whole: Path) -> None:
     """Fold the norms' scales of a saved Llama into what reads them; the model computes what it did."""
     from safetensors.torch import load_file, save_file

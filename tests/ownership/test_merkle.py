@@ -33,13 +33,13 @@ def test_roots_are_those_of_certificate_transparency(size: int) -> None:
     assert root([leaf_hash(bytes.fromhex(text)) for text in INPUTS[:size]]).hex() == ROOTS[size]
 
 
-@given(st.integers(1, 40), st.data())
+@given(st.integers(1, 39), st.data())
 def test_each_leaf_is_proved_at_its_place_and_at_no_other(size: int, data: st.DataObject) -> None:
     index, other = data.draw(st.integers(0, size - 1)), data.draw(st.integers(0, size))
     proof, top = inclusion_proof(LEAVES[:size], index), root(LEAVES[:size])
     assert is_included(LEAVES[index], index, size=size, proof=proof, expected=top)
     assert is_included(LEAVES[index], other, size=size, proof=proof, expected=top) == (other == index)
-    assert not is_included(LEAVES[size], index, size=size, proof=proof, expected=top) or size == 40
+    assert not is_included(LEAVES[size], index, size=size, proof=proof, expected=top)
     assert not is_included(LEAVES[index], index, size=size, proof=[*proof, top], expected=top)
 
 

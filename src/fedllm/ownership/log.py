@@ -232,6 +232,9 @@ def check_log(log: OwnershipLog, *, where: Path) -> None:
             if not is_signed(keys.get(party, ""), head.text(), signature, purpose=HEAD_PURPOSE):
                 raise broken(f"head {number} is not signed by the key of `{party[:64]}`", where)
         before = head
+    if any(json.loads(entry)["kind"] == "round" for entry in log.entries[: first.size]):
+        # A late commitment would pass for an early one.
+        raise broken("its head from before round 0 is missing", where)
 
 
 def broken(what: str, where: Path) -> StateLost:

@@ -28,10 +28,16 @@ from fedllm.ownership.claims import MarkSite
 READINGS = ("as it is", "rescaled")
 _SWEEPS = 3
 _PREFIX = "base_model.model."
+# Of a norm's scale beside an adapter, and of one that was tuned by LN_TUNING; without PEFT's prefix in our own layout.
+_SCALES = (".weight", ".ln_tuning_layers.weight")
 
 
 class Suspect(Protocol):
     """What a claim looks at. A site that the suspect does not have changes nothing there."""
+
+    def has(self, site: MarkSite) -> bool:
+        """Return whether the suspect has tensors of this site's name."""
+        ...
 
     def product(self, site: MarkSite, left: torch.Tensor, right: torch.Tensor, reading: str) -> torch.Tensor:
         """Return u_j^T D v_j for each bit, (N,), of the change D of a weight; `left` (N, R), `right` (N, K)."""
@@ -71,6 +77,9 @@ class Files:
                 raise ModelError("MODEL_NOT_FOUND", "not a safetensors file", where=str(path)) from None
         return cls(folder, where)
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._where
+
     def get(self, name: str) -> torch.Tensor | None:
         """Return a tensor as float32, or None.
 
@@ -94,6 +103,11 @@ class AdapterSuspect:
     config: Mapping[str, Any]
     base: Files | None = None
 
+    def has(self, site: MarkSite) -> bool:
+        """Return whether the adapter has something at this site."""
+        ends = (".lora_A.weight", *_SCALES)
+        return any(f"{head}{site.name}{end}" in self.files for end in ends for head in (_PREFIX, ""))
+
     def product(self, site: MarkSite, left: torch.Tensor, right: torch.Tensor, reading: str) -> torch.Tensor:
         """Return u_j^T (s B A) v_j for each bit, (N,); an adapter has one reading."""
         a, b = (self.files.get(f"{_PREFIX}{site.name}.lora_{factor}.weight") for factor in "AB")
@@ -103,9 +117,7 @@ class AdapterSuspect:
 
     def scale(self, site: MarkSite) -> torch.Tensor:
         """Return the change of a norm's scale, (R,)."""
-        # As PEFT saves modules beside an adapter, as it saves tuned norms, and as methods that PEFT has not are saved.
-        kept, tuned = f"{_PREFIX}{site.name}.weight", f"{_PREFIX}{site.name}.ln_tuning_layers.weight"
-        names = (kept, tuned, f"{site.name}.weight")
+        names = (f"{head}{site.name}{end}" for end in _SCALES for head in (_PREFIX, ""))
         own = next((found for name in names if (found := self.files.get(name)) is not None), None)
         base = self.base.get(f"{site.name}.weight") if self.base else None
         return torch.zeros(site.rows) if own is None or base is None or own.shape != base.shape else own - base
@@ -129,6 +141,10 @@ class MergedSuspect:
 
     files: Files
     base: Files
+
+    def has(self, site: MarkSite) -> bool:
+        """Return whether the model has a weight of this name."""
+        return f"{site.name}.weight" in self.files
 
     def product(self, site: MarkSite, left: torch.Tensor, right: torch.Tensor, reading: str) -> torch.Tensor:
         """Return u_j^T D v_j for each bit, (N,)."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from fedllm.errors import ModelError
 from fedllm.ownership.claims import Claim
 from fedllm.ownership.disputes import Place, Standing
 from fedllm.ownership.marks import scale_rows, unit_rows
@@ -71,9 +72,20 @@ def read_marks(claim: Claim, suspect: Suspect) -> list[Reading]:
     Args:
         claim: The claim.
         suspect: The suspect.
+
+    Raises:
+        ModelError: `PEFT_TARGET`, none of the claim's weights is in the suspect under its name.
     """
     if not claim.bits:
         return []
+    if not any(suspect.has(site) for site in claim.sites):
+        raise ModelError(
+            "PEFT_TARGET",
+            f"the suspect has none of the {len(claim.sites)} weights in which the claim's bits are, such as "
+            f"{claim.sites[0].name}",
+            where="MODEL",
+            fix="give its tensors the names that they have in the base model; a model of another shape has no mark",
+        )
     is_whole = isinstance(suspect, MergedSuspect) and claim.carrier == "product"
     found, signs = [], torch.tensor(claim.signs())
     for way in READINGS if is_whole else READINGS[:1]:
