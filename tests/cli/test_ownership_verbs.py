@@ -50,7 +50,7 @@ def test_a_claim_is_committed_to_and_verified(call: Call, federation: TinyFedera
     code, out, _ = call("ownership", "verify", folder / "run", *words)
     assert code == ExitCode.FAILED and "was seen on 2020-01-01" in out
     key = found["readings"] and call(
-        "ownership", "verify", folder / "run", *words[:4], "--party-key", "south=" + "0" * 64
+        "ownership", "verify", folder / "run", *words[:4], "--party-key", "south=sha256:" + "0" * 64
     )
     assert key[0] == ExitCode.FAILED and "log's key of `south`" in key[1]
 

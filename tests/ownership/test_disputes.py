@@ -13,7 +13,7 @@ from fedllm.errors import ConfigError, IdentityError, StateLost
 from fedllm.ownership.claims import Claim, load_claim, new_secret, save_claim
 from fedllm.ownership.commitments import ClaimFolder, commit_to
 from fedllm.ownership.disputes import parse_date, standing
-from fedllm.ownership.keys import open_key, public_hex
+from fedllm.ownership.keys import fingerprint, open_key, public_hex
 from fedllm.ownership.log import OwnershipLog, check_log, commitment_entry, party_entry, read_log
 from fedllm.ownership.merkle import is_consistent, is_included
 from fedllm.ownership.statistics import p_value
@@ -157,9 +157,9 @@ def test_a_log_that_not_all_signed_or_with_another_key_proves_nothing() -> None:
     log = log_of(claim)
     lonely = signed(OwnershipLog(log.entries[:3]), 0, BEFORE, by=["north"])
     assert "not signed by east" in reasons(claim, lonely)
-    known = {"east": public_hex(KEYS["thief"])}
+    known = {"east": fingerprint(public_hex(KEYS["thief"]))}
     assert "log's key of `east`" in reasons(claim, log, keys=known)
-    assert reasons(claim, log, keys={"east": public_hex(KEYS["east"])}) == ""
+    assert reasons(claim, log, keys={"east": fingerprint(public_hex(KEYS["east"]))}) == ""
 
 
 def test_a_line_that_no_log_has_is_refused(tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ def commit(
 ) -> None:
     """Make a secret claim on a job's model, and the signed commitment to it; before the run."""
     from fedllm.job.job import Job, load_parties, load_party
+    from fedllm.ownership.keys import fingerprint
     from fedllm.runtime.ownership import commit as commit_claims
 
     job = Job.from_yaml(job_file, overrides=overrides)
@@ -49,6 +50,7 @@ def commit(
     for path, commitment in found:
         typer.echo(f"claim       {path}  (secret: it opens the commitment, and finds the mark)")
         typer.echo(f"commitment  {commitment.digest}  {commitment.party}, job {job.digest[:16]}")
+        typer.echo(f"key         {fingerprint(commitment.public_key)}")
 
 
 @app.command()
@@ -69,7 +71,7 @@ def verify(  # noqa: PLR0913 - each is an option of the command
         str | None, typer.Option(help="When the suspect was first seen: 2026-05-31. Commitments must be older.")
     ] = None,
     party_key: Annotated[
-        list[str] | None, typer.Option(help="NAME=HEX, a public key that you know by other ways; repeatable.")
+        list[str] | None, typer.Option(help="NAME=sha256:..., a key that you know by other ways; repeatable.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -94,7 +96,9 @@ def verify(  # noqa: PLR0913 - each is an option of the command
 def _keys(given: list[str]) -> dict[str, str]:
     found = dict(text.split("=", 1) for text in given if "=" in text)
     if len(found) < len(given):
-        raise ConfigError("BAD_VALUE", "a party is given no key, or twice", where="--party-key", fix="write NAME=HEX")
+        raise ConfigError(
+            "BAD_VALUE", "a party is given no key, or twice", where="--party-key", fix="write NAME=sha256:..."
+        )
     return found
 
 

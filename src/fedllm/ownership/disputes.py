@@ -52,7 +52,7 @@ def standing(
         claim: The claim, opened.
         log: The log.
         seen: When the suspect model was first seen; a commitment must be older.
-        keys: Public keys of parties that are known by other ways than the log, hex.
+        keys: Fingerprints of parties' keys that are known by other ways than the log.
     """
     digest = claim.commitment()
     found = [(index, one) for index, one in log.commitments() if one.digest == digest]
@@ -113,8 +113,8 @@ def _against_the_date(index: int, opening: SignedHead, log: OwnershipLog, seen: 
 
 def _against_the_keys(log: OwnershipLog, known: Mapping[str, str]) -> Iterator[str]:
     found = log.keys()
-    for party, key in sorted(known.items()):
-        if found.get(party) != key:
+    for party, expected in sorted(known.items()):
+        if party not in found or fingerprint(found[party]) != expected:
             yield f"the log's key of `{party}` is not the one that is known to be the party's"
 
 

@@ -67,7 +67,7 @@ class Evidence:
     """What is laid before an arbiter: claims, opened; their logs, one for all or one each; what else is known.
 
     `base` is the base model's folder, which a whole model and norms are read against. `seen` is when the suspect was
-    first seen, and `keys` are public keys of parties that are known by other ways than the logs.
+    first seen, and `keys` are fingerprints of parties' keys that are known by other ways than the logs.
     """
 
     claims: Sequence[Path]
