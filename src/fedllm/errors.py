@@ -89,6 +89,8 @@ CODES: dict[str, str] = {
     "BUDGET_EXHAUSTED": "One more round would spend more privacy than the job or a site allows.",
     "LEDGER_BROKEN": "The ledger of spent privacy was deleted, shortened or changed.",
     "GRADIENT_UNSURE": "The gradient of a single example cannot be had from this model, or is not right.",
+    "OWNERSHIP_UNCOMMITTED": "A party claims the model and has not committed to a claim before the run.",
+    "OWNERSHIP_BROKEN": "The log of commitments is not as the parties signed it.",
     "AUDIT_BROKEN": "A site's audit log is not as it was written.",
     "AUDIT_LOCKED": "Another process holds a site's audit log for too long.",
     "UNEXPECTED": "A fault of fedllm itself; please report it.",

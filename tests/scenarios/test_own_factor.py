@@ -310,6 +310,7 @@ class Half:
             model=self.model,
             trainer=self.model,
             pad_id=0,
+            pull=None,
             data=SimpleNamespace(train=[object()], held_out=[], common=[]),
             data_settings=DataSettings(),
             train_settings=TrainSettings.model_validate(settings),

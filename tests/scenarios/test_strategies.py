@@ -326,6 +326,7 @@ def client() -> Client:
         model=model,
         trainer=model,
         pad_id=0,
+        pull=None,
         data=SimpleNamespace(train=[object()], held_out=[], common=[]),
         data_settings=None,
         privacy=PrivacySettings(),

@@ -25,6 +25,7 @@ from fedllm.cli import (
     init,
     install,
     join,
+    ownership,
     plan,
     provision,
     report,
@@ -66,6 +67,7 @@ app.command("provision")(provision.provision)
 app.command("install")(install.install)
 app.command("approve")(approve.approve)
 app.add_typer(audit_log.app, name="audit-log")
+app.add_typer(ownership.app, name="ownership")
 app.command("up")(up.up)
 app.command("serve")(serve.serve)
 app.command("join")(join.join)

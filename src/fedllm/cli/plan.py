@@ -38,6 +38,8 @@ def plan(job_file: JobFile, *, overrides: Overrides = None, as_json: AsJson = Fa
     )
     for noise in found.noise:
         typer.echo(f"privacy    {noise.party}: {noise.text}")
+    for line in found.ownership:
+        typer.echo(f"ownership  {line}")
     typer.echo("who sees what:")
     for line in found.who_learns_what:
         typer.echo(f"  - {line}")

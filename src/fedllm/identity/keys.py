@@ -44,16 +44,31 @@ def save_key(key: rsa.RSAPrivateKey, path: Path) -> None:
         IdentityError: `KEY_EXISTS`.
         ResourceError: `DISK_FULL`.
     """
+    fix = "use the key that is there, or move it away; a new key needs a new certificate"
+    save_private(_plain_pem(key), path, fix=fix)
+
+
+def save_private(data: bytes, path: Path, *, fix: str) -> None:
+    """Write a file that only its owner can read. No file is ever overwritten.
+
+    Args:
+        data: Its content.
+        path: A file that does not exist yet.
+        fix: What to do where there is one already.
+
+    Raises:
+        IdentityError: `KEY_EXISTS`.
+        ResourceError: `DISK_FULL`.
+    """
     try:
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError:
-        fix = "use the key that is there, or move it away; a new key needs a new certificate"
         raise IdentityError("KEY_EXISTS", "there is a file already", where=str(path), fix=fix) from None
     except OSError as error:
         raise disk_error(error, path) from None
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(_plain_pem(key))
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
@@ -88,7 +103,7 @@ def load_key(path: Path) -> rsa.RSAPrivateKey:
     Raises:
         IdentityError: `BAD_KEY`, `KEY_EXPOSED` or `WEAK_KEY`.
     """
-    where, pem = str(path), _read_private(path)
+    where, pem = str(path), read_private(path, fix="run `fedllm request` to make a key")
     try:
         # The library would test the primes, 0.14 s at every start. The site made them itself; that the numbers belong
         # together is what can go wrong, and `_belong_together` finds it in no time.
@@ -121,8 +136,17 @@ def _plain_pem(key: rsa.RSAPrivateKey) -> bytes:
     return key.private_bytes(encoding, form, serialization.NoEncryption())
 
 
-def _read_private(path: Path) -> bytes:
-    fix = "run `fedllm request` to make a key"
+def read_private(path: Path, *, fix: str, max_bytes: int = _MAX_KEY_FILE_BYTES) -> bytes:
+    """Return the content of a file that only its owner can read.
+
+    Args:
+        path: The file.
+        fix: What to do where there is none.
+        max_bytes: What is longer is cut off.
+
+    Raises:
+        IdentityError: `BAD_KEY` or `KEY_EXPOSED`.
+    """
     try:
         # A pipe in the key's place must not make the program wait.
         with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
@@ -133,7 +157,7 @@ def _read_private(path: Path) -> bytes:
                 what = f"the key's file is open to others than its owner (mode {stat.S_IMODE(status.st_mode):04o})"
                 fix = f"`chmod 600 {path}`; if others had access{' to write' if mode & 0o022 else ''}, make a new key"
                 raise IdentityError("KEY_EXPOSED", what, where=str(path), fix=fix)
-            return file.read(_MAX_KEY_FILE_BYTES)
+            return file.read(max_bytes)
     except OSError as error:
         raise IdentityError("BAD_KEY", f"cannot be read: {error.strerror}", where=str(path), fix=fix) from None
 

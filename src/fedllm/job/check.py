@@ -7,6 +7,7 @@ from pathlib import Path
 
 from fedllm.errors import ConfigError, FedllmError
 from fedllm.job.job import Job, LocatedParty
+from fedllm.job.ownership import ownership_clashes
 from fedllm.job.policy import check_policy
 from fedllm.models.settings import PROMPT_TYPES
 from fedllm.tasks import CLASSIFICATION
@@ -181,6 +182,11 @@ def _of_the_scenario(job: Job) -> Iterator[ConfigError]:
         yield _clash(job, key, what, fix)
 
 
+def _of_the_marks(job: Job) -> Iterator[ConfigError]:
+    for key, what, fix in ownership_clashes(job):
+        yield _clash(job, key, what, fix)
+
+
 def _files(job: Job) -> Iterator[ConfigError]:
     named = {"evaluate.test": job.evaluate.test, "data.chat_template_path": job.data.chat_template_path}
     for key, name in named.items():
@@ -210,5 +216,6 @@ RULES: tuple[Callable[[Job], Iterator[ConfigError]], ...] = (
     _limits_of_tests,
     _warmup_within_run,
     _of_the_scenario,
+    _of_the_marks,
     _files,
 )

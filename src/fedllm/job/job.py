@@ -22,6 +22,7 @@ from fedllm.job.loading import Origins, load_model
 from fedllm.job.party import NAME_PATTERN, Party
 from fedllm.models.digest import json_digest
 from fedllm.models.settings import ModelSettings, PeftSettings
+from fedllm.ownership.settings import OwnershipSettings
 from fedllm.privacy.settings import PrivacySettings
 from fedllm.scenarios import SCENARIOS
 from fedllm.scenarios.base import Scenario, ScenarioSettings
@@ -66,6 +67,7 @@ class Job(BaseModel):
     data: DataSettings = Field(DataSettings(), description="How examples become tokens.")
     train: TrainSettings = Field(description="Local training.")
     privacy: PrivacySettings = Field(PrivacySettings(), description="What is protected in training.")
+    ownership: OwnershipSettings = Field(OwnershipSettings(), description="Who claims the tuned model, and how.")
     evaluate: EvaluateSettings = Field(EvaluateSettings(), description="Evaluation.")
     runtime: RuntimeSettings = Field(RuntimeSettings(), description="Threads.")
 
@@ -185,10 +187,22 @@ def load_parties(job: Job, folder: Path | None = None) -> list[LocatedParty]:
                 where="parties",
                 fix=f"write {path.name}, or take `{name}` out of the job",
             )
-        party, _ = load_model(Party, path, overrides=[])
-        if party.name != name:
-            raise ConfigError(
-                "PARTY_UNKNOWN", f"the file names itself `{party.name}`", where=str(path), fix=f"set `name: {name}`"
-            )
-        located.append(LocatedParty(party=party, base_dir=path.resolve().parent))
+        found = load_party(path)
+        if found.party.name != name:
+            what = f"the file names itself `{found.party.name}`"
+            raise ConfigError("PARTY_UNKNOWN", what, where=str(path), fix=f"set `name: {name}`")
+        located.append(found)
     return located
+
+
+def load_party(path: Path) -> LocatedParty:
+    """Return the party in a file, with the folder where its relative paths start.
+
+    Args:
+        path: The file.
+
+    Raises:
+        ConfigError: The file is missing or wrong.
+    """
+    party, _ = load_model(Party, path, overrides=[])
+    return LocatedParty(party=party, base_dir=path.resolve().parent)

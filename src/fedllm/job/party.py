@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import BaseModel, ConfigDict, Field
 
 from fedllm.data.settings import DataSource
+from fedllm.ownership.settings import PartyOwnership
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9_-]{0,31}$"
 
@@ -52,4 +53,5 @@ class Party(BaseModel):
         None, description="This site's own copy of the job's base model; its digest must agree."
     )
     device: str = Field("cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="cpu, cuda or cuda:N.")
+    ownership: PartyOwnership = Field(PartyOwnership(), description="Where this site's key and claims of a model are.")
     limits: Limits = Field(Limits(), description="What this site allows.")

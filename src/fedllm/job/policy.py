@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from fedllm.job.job import Job
 
 # The requests around a conversation, which every scenario needs. `runtime/base.py` has them; a test compares.
-HANDSHAKE_REQUESTS = ("Hello", "Restore", "Witness")
+HANDSHAKE_REQUESTS = ("Hello", "Restore", "Witness", "ShowCommitment", "SignHead")
 # The steps of a secure sum, which a job with secure aggregation needs; `runtime/sum_messages.py` has them.
 SUM_REQUESTS = ("ShowKeys", "SealShares", "TakeShares", "AgreeSum", "OpenSum")
 _ASK_SITE = "or ask the site to change its own limit"

@@ -13,6 +13,7 @@ from fedllm.runs.charts import number_text
 from fedllm.runs.folder import CANARIES
 from fedllm.runs.jsonl import Row
 from fedllm.runs.report_data import RunRecord, added, privacy_text, read_run
+from fedllm.runs.report_ownership import card_line
 from fedllm.runs.report_panels import delivery_text, score_text
 from fedllm.tasks import AUTO_CLASSES, CAUSAL_LM, CLASSIFICATION, SEQ2SEQ_LM, Task, TaskName
 
@@ -86,7 +87,11 @@ def model_card(run: Path) -> str:
             intro,
             _training(record, parties),
             _result_text(record, results),
-            _PROTECTION + _sums_text(record) + (_CANARIES if (run / CANARIES).exists() else "") + _noise_text(record),
+            _PROTECTION
+            + _sums_text(record)
+            + (_CANARIES if (run / CANARIES).exists() else "")
+            + _noise_text(record)
+            + card_line(record),
             _loading(base, _task(record), own=record.setting("peft.peft_type") in OWN_TYPES),
             _provenance(record),
         ]

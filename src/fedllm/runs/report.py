@@ -13,6 +13,7 @@ from fedllm.disk import write_atomic
 from fedllm.runs.charts import Drawing, number_text
 from fedllm.runs.report_data import RunRecord, added, privacy_text, read_run
 from fedllm.runs.report_events import clock_text, event_rows, event_summary, failures_of
+from fedllm.runs.report_ownership import ownership_facts
 from fedllm.runs.report_panels import (
     bytes_chart,
     curves,
@@ -140,6 +141,7 @@ def _context(record: RunRecord) -> dict[str, Any]:
         "defaults": [row for row in settings if row.get("origin") == "default"],
         "job_text": "" if settings else (record.path / "job.yaml").read_text(encoding="utf-8", errors="replace"),
         "provenance": _provenance(record),
+        "ownership": ownership_facts(record),
     }
 
 

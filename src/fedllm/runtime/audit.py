@@ -16,6 +16,7 @@ from fedllm.job.job import Job, LocatedParty, load_parties
 from fedllm.job.loading import load_model
 from fedllm.job.party import Party
 from fedllm.models.deliver import WEIGHTS, read_adapter
+from fedllm.ownership.settings import OwnershipSettings
 from fedllm.privacy.budget import PURSE_FOLDER, Purse
 from fedllm.privacy.canaries import CanaryMaker, CanarySet
 from fedllm.runs.folder import CANARIES, RunFolder, check_free
@@ -174,11 +175,14 @@ def audit_adapter(job: Job, adapter: Path, *, party: Path) -> Audit:
 
 
 def _to_the_end(job: Job) -> Job:
-    """Return the job with the last round delivered: canaries spoil held-out losses, so the best may be the first."""
-    if "keep" not in type(job.federation).model_fields:
-        return job
-    federation = job.federation.model_copy(update={"keep": "last"})
-    return job.model_copy(update={"federation": federation}).located(job.base_dir)
+    """Return the job with the last round delivered: canaries spoil held-out losses, so the best may be the first.
+
+    Nobody claims what knows canaries, so nothing is marked.
+    """
+    changes: dict[str, Any] = {"ownership": OwnershipSettings()}
+    if "keep" in type(job.federation).model_fields:
+        changes["federation"] = job.federation.model_copy(update={"keep": "last"})
+    return job.model_copy(update=changes).located(job.base_dir)
 
 
 def _open(job: Job, parties: list[LocatedParty], path: Path) -> Site:

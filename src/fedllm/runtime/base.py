@@ -131,7 +131,40 @@ class Witness(Payload):
     heads: dict[str, Head]
 
 
-HANDSHAKE: dict[str, type[Payload]] = {cls.__name__: cls for cls in (Hello, Ready, Restore, Done, Witness)}
+class ShowCommitment(Payload):
+    """Server -> parties, before round 0 of a model that is claimed: show your key, and what you commit to."""
+
+
+class Shown(Payload):
+    """Party -> server: its public key for the log of commitments; a claimant's commitment as JSON, else empty."""
+
+    public_key: str = Field(pattern=r"^[0-9a-f]{64}$")
+    commitment: str = Field(max_length=4096)
+
+
+class SignHead(Payload):
+    """Server -> parties, before round 0 and after each round: sign the head of the log of commitments.
+
+    `entries` are those after the first `since`, which the party has signed, and `signatures` are all parties' of the
+    head of that size: so each party keeps what all have signed.
+    """
+
+    head: str = Field(max_length=1024)
+    since: int = Field(ge=0)
+    entries: list[str]
+    signatures: dict[str, str]
+
+
+class HeadSigned(Payload):
+    """Party -> server: its signature of the head, hex."""
+
+    signature: str = Field(pattern=r"^[0-9a-f]{128}$")
+
+
+_ABOUT_CLAIMS = (ShowCommitment, Shown, SignHead, HeadSigned)
+HANDSHAKE: dict[str, type[Payload]] = {
+    cls.__name__: cls for cls in (Hello, Ready, Restore, Done, Witness, *_ABOUT_CLAIMS)
+}
 
 
 @dataclass

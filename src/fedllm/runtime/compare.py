@@ -13,6 +13,7 @@ from fedllm.data.read import read_party_data
 from fedllm.errors import ConfigError
 from fedllm.job.check import check_job
 from fedllm.job.job import Job, LocatedParty, load_parties
+from fedllm.ownership.settings import OwnershipSettings
 from fedllm.privacy.settings import PrivacySettings
 from fedllm.runs.folder import RunFolder, run_identity
 from fedllm.runs.jsonl import write_json
@@ -126,8 +127,8 @@ def alone(job: Job, party: str) -> Job:
     # The test set is for the end: a yardstick's rounds are judged by its own held-out data, as the federation's are.
     evaluate = job.evaluate.model_copy(update={"test": None, "max_examples": None})
     changes = {"name": f"{party}-alone", "parties": [party], "federation": federation}
-    # What noise costs is a part of the comparison, and a yardstick leaves nobody's hands.
-    changes |= {"train": train, "evaluate": evaluate, "privacy": PrivacySettings()}
+    # What noise and marks cost is a part of the comparison, and a yardstick leaves nobody's hands.
+    changes |= {"train": train, "evaluate": evaluate, "privacy": PrivacySettings(), "ownership": OwnershipSettings()}
     return job.model_copy(update=changes).located(job.base_dir)
 
 

@@ -14,6 +14,7 @@ from fedllm.runs.jsonl import finite
 from fedllm.runtime.base import Done, Hello, Ready, Restore, Timings, Witness
 from fedllm.runtime.federation import LinkedFederation
 from fedllm.runtime.guard import Auditor
+from fedllm.runtime.notary import Notary
 from fedllm.scenarios.base import RoundResult, Row, ServerHalf, State
 from fedllm.wire.payload import Failure, Payload
 
@@ -45,6 +46,7 @@ class Driver:
     on_round: OnRound = lambda number, rows: None
     on_ready: Callable[[Ready], None] = lambda ready: None
     auditor: Auditor | None = None
+    notary: Notary | None = None
 
     def drive(self) -> Outcome:
         """Return the outcome after the last round, starting or resuming as the run folder says.
@@ -55,6 +57,8 @@ class Driver:
             StateLost: Every checkpoint is damaged.
         """
         state, failures = self._open(), dict[str, str]()
+        if self.notary:
+            self.notary.open(self.federation)
         while state is None or state.round < self.num_rounds:
             number = 0 if state is None else state.round + 1
             self.run.journal(number, "begin")
@@ -85,6 +89,8 @@ class Driver:
         if self.auditor:
             self.auditor.committed(number, digest)
             self._exchange_heads(number)
+        if self.notary:
+            self.notary.committed(self.federation, number, digest)
 
     def _exchange_heads(self, number: int) -> None:
         assert self.auditor is not None  # noqa: S101

@@ -57,8 +57,8 @@ class LinkedFederation:
         """The parties of the run, in the job's order."""
         return self._link.parties
 
-    def ask(self, request: Payload, *, round_: int, to: Sequence[str]) -> Iterator[Reply]:
-        """Yield each party's answer as it arrives; what could not be used is a `Failure`."""
+    def ask(self, request: Payload | Mapping[str, Payload], *, round_: int, to: Sequence[str]) -> Iterator[Reply]:
+        """Yield each party's answer as it arrives, to one request or to its own; what cannot be used is a `Failure`."""
         for party, payload in self._asked(request, round_, to):
             # The caller may keep the answer, whose tensors are gone here when the next one is looked at.
             tensors = {field: dict(getattr(payload, field)) for field in payload.tensor_fields()}

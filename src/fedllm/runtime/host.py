@@ -12,8 +12,21 @@ from typing import Protocol
 from fedllm.errors import FedllmError, PayloadError
 from fedllm.runs.checkpoint import Generations
 from fedllm.runs.metrics import RowFile
-from fedllm.runtime.base import HANDSHAKE, SERVER, Done, Hello, Ready, Restore, Seal, Witness, max_message_bytes
+from fedllm.runtime.base import (
+    HANDSHAKE,
+    SERVER,
+    Done,
+    Hello,
+    Ready,
+    Restore,
+    Seal,
+    ShowCommitment,
+    SignHead,
+    Witness,
+    max_message_bytes,
+)
 from fedllm.runtime.freshness import Freshness
+from fedllm.runtime.signatory import Signatory
 from fedllm.runtime.sum_messages import SUM_KINDS, SUM_REQUESTS
 from fedllm.runtime.sum_party import PartySums
 from fedllm.scenarios.base import ClientHalf, Log, Row
@@ -74,7 +87,8 @@ class PartyHost:
     Tensors of a request may be `room` bytes longer than those that were agreed at the start allow.
     Between machines messages are signed as `seal` says, `fetch` pulls a request's tensors, and `keep` puts an answer's
     where they can be pulled. `codec_down` is that of changes to the tensors that were received before.
-    With `sums`, what is private leaves masked, or not at all.
+    With `sums`, what is private leaves masked, or not at all. `signatory` signs the log of commitments of a model that
+    is claimed.
     """
 
     party: str
@@ -93,6 +107,7 @@ class PartyHost:
     room: int = 0
     codec_down: Codec | None = None
     sums: PartySums | None = None
+    signatory: Signatory | None = None
     client: ClientHalf | None = None
     _rows: list[Row] = field(default_factory=list)
     _last: int = 0
@@ -186,6 +201,8 @@ class PartyHost:
                 return Done()
             case Witness():
                 return self.guard.witness(request, round_=round_) if self.guard else Witness(heads={})
+            case ShowCommitment() | SignHead() if self.signatory:
+                return self.signatory.answer(request)
         if self.client is None:
             raise PayloadError("PAYLOAD_REFUSED", "a request before the handshake", where=self.party)
         if self.sums and isinstance(request, SUM_REQUESTS):

@@ -25,6 +25,7 @@ from fedllm.runs.folder import RunFolder
 from fedllm.runtime.driver import Driver
 from fedllm.runtime.federation import LinkedFederation
 from fedllm.runtime.local import InProcessLink, local_hosts
+from fedllm.runtime.marks import claims_foreseen
 from fedllm.runtime.noise import NoiseAt, noise_at, steps_per_round, with_earlier
 from fedllm.runtime.site import Site, open_site, party_tokens, trainer_for
 from fedllm.runtime.sum_keys import terms_of
@@ -53,6 +54,7 @@ class Plan:
     party_memory_bytes: int
     who_learns_what: tuple[str, ...]
     noise: tuple[NoiseAt, ...]
+    ownership: tuple[str, ...]
 
 
 def make_plan(job: Job, parties: list[LocatedParty], facts: Facts) -> Plan:
@@ -86,6 +88,7 @@ def make_plan(job: Job, parties: list[LocatedParty], facts: Facts) -> Plan:
             for party in facts.parties
             if (found := foreseen_noise(job, party, facts.skeleton.num_trainable()))
         ),
+        ownership=claims_foreseen(job, parties, facts.skeleton),
     )
 
 
@@ -284,7 +287,7 @@ def _probe(site: Site, data: dict[str, TokenData]) -> _Probe:
         changes = {"train": steps, "federation": federation, "privacy": _of_any_noise(job)}
         short = job.model_copy(update=changes).located(job.base_dir)
         trainer = _Timed(trainer_for(job))
-        probe_site = Site(**{**vars(site), "job": short, "purses": {}})
+        probe_site = Site(**{**vars(site), "job": short, "purses": {}, "claims": {}})
         link = InProcessLink(local_hosts(probe_site, tried, run, trainer=trainer))
         line, started = job.table_line(), time.perf_counter()
         server = line.server(federation, seed=job.seed, common=job.evaluate.test is not None)

@@ -12,6 +12,7 @@ from fedllm.disk import write_atomic
 from fedllm.errors import ConfigError, FedllmError, ResourceError, RunPaused
 from fedllm.job.check import check_job
 from fedllm.job.job import Job, LocatedParty, load_parties
+from fedllm.job.ownership import check_committed
 from fedllm.models.digest import file_digest
 from fedllm.models.load import find_base
 from fedllm.runs.card import model_card
@@ -27,6 +28,7 @@ from fedllm.runtime.federation import LinkedFederation
 from fedllm.runtime.guard import Auditor
 from fedllm.runtime.local import InProcessLink, local_hosts
 from fedllm.runtime.noise import server_budget
+from fedllm.runtime.notary import notary_of
 from fedllm.runtime.party_data import party_facts
 from fedllm.runtime.site import Site, base_folder, open_site, party_tokens
 from fedllm.runtime.sum_keys import make_sum_keys, terms_of
@@ -106,6 +108,7 @@ def run_local(
     """
     parties = parties if parties is not None else load_parties(job)
     check_job(job, parties)
+    check_committed(job, parties)
     path = output or Path("runs") / f"{job.name}-{job.digest[:8]}"
     # What is wrong with the model or the data is found before there is a run folder.
     check_free(path)
@@ -264,7 +267,8 @@ def drive(
         write_provenance(run, job, **digests)
         write_json(run.path / "parties.json", [party_facts(run, party) for party in link.parties])
 
-    return Driver(run, federation, server, job.federation.num_rounds, watch.on_round, on_ready, auditor).drive()
+    notary = notary_of(job, run)
+    return Driver(run, federation, server, job.federation.num_rounds, watch.on_round, on_ready, auditor, notary).drive()
 
 
 @contextmanager

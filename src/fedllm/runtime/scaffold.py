@@ -17,6 +17,7 @@ PARTIES = ("north", "east", "south")
 # Recipe -> what it is, for the help.
 RECIPES: dict[str, str] = {
     "fedavg": "one LoRA adapter, tuned together by federated averaging",
+    "ownership": "the same, with secret marks by which each party can show that the model is theirs",
 }
 _TEMPLATES = ("job.yaml", "party.yaml")
 

@@ -19,14 +19,18 @@ from fedllm.data.template import template_digest
 from fedllm.data.tokens import TokenisedExample, TokenReport, tokenise_all
 from fedllm.errors import ConfigError, DataError
 from fedllm.job.job import Job, LocatedParty
+from fedllm.job.ownership import claim_folder
 from fedllm.models.adapter import TunableModel
 from fedllm.models.load import Base, find_base, load_base
+from fedllm.ownership.commitments import ClaimFolder
 from fedllm.privacy.budget import PURSE_FOLDER, Budget, Purse
 from fedllm.runs.folder import RunFolder
 from fedllm.runs.plan_files import versions
 from fedllm.runtime.base import Ready
 from fedllm.runtime.delivery import deliver_own
 from fedllm.runtime.host import Blobs, PartyHost
+from fedllm.runtime.marks import pull_of
+from fedllm.runtime.signatory import Signatory
 from fedllm.scenarios.base import ClientContext, ClientHalf, Log, TokenData
 from fedllm.train.base import LocalTrainer
 from fedllm.train.private import PrivateTrainer
@@ -41,6 +45,7 @@ class Site:
     """A process's share of a run: one frozen base model, however many parties.
 
     `purses` says where each party keeps what has been spent of its privacy; by default it is beside the run folder.
+    `claims` is where each claimant of the model has its claim.
     """
 
     job: Job
@@ -53,6 +58,7 @@ class Site:
     template_digest: str
     deliver: Callable[[Site, RunFolder, str, Tensors], None] = deliver_own
     purses: Mapping[str, Purse] = field(default_factory=dict)
+    claims: Mapping[str, ClaimFolder] = field(default_factory=dict)
 
 
 def base_folder(job: Job, parties: list[LocatedParty]) -> tuple[Path, str]:
@@ -112,6 +118,7 @@ def open_site(job: Job, parties: list[LocatedParty], *, base: Base | None = None
             located.party.name: Purse(located.base_dir / PURSE_FOLDER, located.party.limits.max_epsilon)
             for located in parties
         },
+        claims={located.party.name: claim_folder(located) for located in parties},
     )
 
 
@@ -269,7 +276,7 @@ def open_host(
         on_step: Called after each optimiser step with (steps done, steps of the round).
 
     Raises:
-        ConfigError: `BAD_COMBINATION`, the trainer does not keep to the job's privacy.
+        ConfigError: `BAD_COMBINATION`, the trainer does not keep to the job's privacy; `OWNERSHIP_UNCOMMITTED`.
         StateLost: `LEDGER_BROKEN`.
     """
     job, line = site.job, site.job.table_line()
@@ -280,6 +287,9 @@ def open_host(
     if asked.is_local or asked.placement == "distributed":
         purse, own = site.purses.get(name) or Purse(run.path.parent / PURSE_FOLDER), run.path / "parties" / name
         budget = Budget(purse, party=name, run_id=run.run_id, folder=own, trained=states.present())
+
+    is_claimant = name in job.ownership.claimants and name in site.claims
+    pull = pull_of(site, name, site.claims[name]) if is_claimant else None
 
     def open_client(log: Log) -> ClientHalf:
         context = ClientContext(
@@ -299,6 +309,7 @@ def open_host(
             on_step=on_step,
             deliver=partial(site.deliver, site, run, name),
             budget=budget,
+            pull=pull,
         )
         return line.client(context)
 
@@ -313,4 +324,5 @@ def open_host(
         blobs=site.blobs,
         room=line.grown(job.federation, site.model.manifest, _MANY_ROUNDS, job.parties),
         codec_down=job.federation.codec_down.codec if hasattr(job.federation, "codec_down") else None,
+        signatory=Signatory.of(job, run, name, site.claims[name]) if job.ownership.enabled and site.claims else None,
     )

@@ -18,6 +18,7 @@ from fedllm.job.policy import Upload, check_upload
 from fedllm.models.adapter import TunableModel, skeleton
 from fedllm.models.digest import base_digest, tokenizer_digest
 from fedllm.models.load import check_machine, check_quantisation, load_tokenizer
+from fedllm.runtime.marks import sites_of
 from fedllm.runtime.site import base_folder, common_examples, data_settings, tokens_of
 
 T = TypeVar("T")
@@ -82,6 +83,7 @@ def validate(job: Job, parties: list[LocatedParty]) -> Facts:
         errors.append(_foreign_base(job, folder, digests["base"]))
     if tunable:
         errors += upload_limits(job, parties, tunable)
+        _collect(errors, partial(sites_of, job, tunable))
     if errors or tunable is None:
         errors[0].also = (*errors[0].also, *errors[1:])
         raise errors[0]

@@ -18,6 +18,7 @@ from fedllm.models.settings import PeftSettings
 from fedllm.privacy.budget import Budget
 from fedllm.privacy.settings import PrivacySettings
 from fedllm.train.base import LocalTrainer
+from fedllm.train.corrections import Correction
 from fedllm.train.settings import TrainSettings
 from fedllm.wire.frame import check_finite, check_manifest
 from fedllm.wire.payload import Failure, Manifest, Payload, TensorMap, Tensors
@@ -220,6 +221,7 @@ class ClientContext:
 
     `parties` are all of the job; `settings` is the scenario's own; `log(round, split, values)` writes metrics that stay
     at the party, and `deliver(tensors)` an adapter that is the party's alone. `budget` pays for rounds with noise.
+    `pull` is the party's own mark on the model: it goes among the corrections of each round of training.
     """
 
     party: str
@@ -238,6 +240,7 @@ class ClientContext:
     on_step: Callable[[int, int], None] = lambda step, num_steps: None
     deliver: Callable[[Tensors], None] = lambda tensors: None
     budget: Budget | None = None
+    pull: Correction | None = None
 
 
 class ClientHalf(Protocol):

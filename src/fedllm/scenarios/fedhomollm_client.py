@@ -178,15 +178,16 @@ class Client:
 
     def _corrections(self, request: Train, start: TensorMap) -> list[Correction]:
         c, strategy = self._c, self._c.settings.strategy
+        own = [c.pull] if c.pull else []
         if strategy.name == "SCAFFOLD":
             check_manifest(request.control, c.model.manifest, sender="server")
             zeros = {name: spec.zeros() for name, spec in c.model.manifest.items()}
             self._kept.now["control"] = self._kept.part("control") or zeros
-            return [control_variate(c.model.trainable, self._kept.part("control"), request.control)]
+            return [control_variate(c.model.trainable, self._kept.part("control"), request.control), *own]
         if not strategy.proximal_mu:
-            return []
+            return own
         pull = decoupled_proximal if strategy.proximal == "decoupled" else proximal
-        return [pull(c.model.trainable, start, strategy.proximal_mu)]
+        return [pull(c.model.trainable, start, strategy.proximal_mu), *own]
 
     def _control_update(self, request: Train, update: Tensors, number: int) -> Tensors:
         if not request.control:

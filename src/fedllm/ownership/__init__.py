@@ -1,0 +1,1 @@
+"""Whose a model is: secret marks in it, commitments to them, and how a claim is verified."""

@@ -1,0 +1,118 @@
+"""Commit to claims before a run, and verify claims on a suspect model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+
+from fedllm.errors import ConfigError
+from fedllm.job.check import check_job
+from fedllm.job.job import Job, LocatedParty
+from fedllm.job.ownership import claim_folder
+from fedllm.models.adapter import skeleton
+from fedllm.models.digest import base_digest
+from fedllm.ownership.claims import load_claim
+from fedllm.ownership.commitments import Commitment
+from fedllm.ownership.disputes import standing
+from fedllm.ownership.log import OwnershipLog, check_log, find_log, read_log
+from fedllm.ownership.suspect import check_base, open_suspect
+from fedllm.ownership.verify import Verdict, judge, read_marks
+from fedllm.runtime.marks import new_claim, sites_of
+from fedllm.runtime.site import base_folder
+
+
+def commit(job: Job, parties: list[LocatedParty], *, stamp: Path | None = None) -> list[tuple[Path, Commitment]]:
+    """Return each claimant's claim file and commitment; the files are written into the party's folder of claims.
+
+    Args:
+        job: The job.
+        parties: Party files of this machine; those that are no claimants are passed over.
+        stamp: A time stamp (RFC 3161) on the one commitment that was made before.
+
+    Raises:
+        ConfigError: The job has no claimants here, or its settings cannot hold together; `BAD_VALUE`, a stamp on
+            something else.
+        IdentityError: `KEY_EXISTS`, a claim on this job's model was made before.
+    """
+    check_job(job, parties)
+    claimants = [located for located in parties if located.party.name in job.ownership.claimants]
+    if not claimants:
+        what = "none of these parties is a claimant of the job"
+        fix = "name the party in the job's `ownership.claimants`"
+        raise ConfigError("BAD_COMBINATION", what, where="ownership.claimants", fix=fix)
+    if stamp is not None:
+        return [_stamped(job, claimants, stamp)]
+    folder, _ = base_folder(job, claimants)
+    digest, sites = base_digest(folder), sites_of(job, skeleton(folder, job.peft, job.task))
+    found = []
+    for located in claimants:
+        place, claim = claim_folder(located), new_claim(job, located.party.name, base_digest=digest, sites=sites)
+        found.append((place.claim_file(job.digest), place.write(claim)))
+    return found
+
+
+def _stamped(job: Job, claimants: list[LocatedParty], stamp: Path) -> tuple[Path, Commitment]:
+    if len(claimants) != 1:
+        raise ConfigError(
+            "BAD_COMBINATION", "a time stamp is on one commitment", where="--stamp", fix="name its party with `--party`"
+        )
+    place = claim_folder(claimants[0])
+    return place.claim_file(job.digest), place.attach(job.digest, stamp)
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What is laid before an arbiter: claims, opened; their logs, one for all or one each; what else is known.
+
+    `base` is the base model's folder, which a whole model and norms are read against. `seen` is when the suspect was
+    first seen, and `keys` are fingerprints of parties' keys that are known by other ways than the logs.
+    """
+
+    claims: Sequence[Path]
+    logs: Sequence[Path] = ()
+    base: Path | None = None
+    seen: datetime | None = None
+    keys: Mapping[str, str] = field(default_factory=dict)
+
+
+def verify(model: Path, evidence: Evidence) -> list[Verdict]:
+    """Return a verdict on each claim on a suspect model.
+
+    Args:
+        model: The suspect: an adapter's folder, a model's folder, or a run folder.
+        evidence: What is laid before the arbiter.
+
+    Raises:
+        ConfigError: A file is missing, or claims and logs do not go together.
+        IdentityError: `KEY_EXPOSED`, others than its owner can read a claim.
+        ModelError: The suspect or the base cannot be read, or it is another base.
+        StateLost: `OWNERSHIP_BROKEN`.
+    """
+    claims = [load_claim(path) for path in evidence.claims]
+    if evidence.base:
+        for expected in sorted({claim.base_digest for claim in claims}):
+            check_base(evidence.base, expected)
+    logs = _logs(evidence)
+    standings = [
+        standing(claim, log, seen=evidence.seen, keys=evidence.keys) if log else None
+        for claim, log in zip(claims, logs, strict=True)
+    ]
+    suspect = open_suspect(model, evidence.base)
+    return judge(claims, standings, lambda claim: read_marks(claim, suspect))
+
+
+def _logs(evidence: Evidence) -> list[OwnershipLog | None]:
+    count, paths = len(evidence.claims), list(evidence.logs)
+    if len(paths) not in (0, 1, count):
+        what = f"{len(paths)} logs for {count} claims"
+        raise ConfigError("BAD_VALUE", what, where="--log", fix="give one log for all claims, or one each")
+    return [_checked(path) for path in paths * (count if len(paths) == 1 else 1)] or [None] * count
+
+
+def _checked(path: Path) -> OwnershipLog:
+    folder = find_log(path)
+    log = read_log(folder)
+    check_log(log, where=folder)
+    return log

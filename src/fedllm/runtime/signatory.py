@@ -1,0 +1,125 @@
+"""A party's part in the log of commitments: it shows its own, and signs heads that only add to what it signed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from fedllm.errors import FedllmError, PayloadError
+from fedllm.job.job import Job
+from fedllm.ownership.commitments import ClaimFolder, Commitment
+from fedllm.ownership.keys import is_signed, public_hex, sign
+from fedllm.ownership.log import (
+    FOLDER,
+    HEAD_PURPOSE,
+    Head,
+    OwnershipLog,
+    SignedHead,
+    broken,
+    commitment_entry,
+    party_entry,
+    read_log,
+)
+from fedllm.ownership.merkle import root
+from fedllm.runs.folder import RunFolder
+from fedllm.runtime.base import HeadSigned, ShowCommitment, Shown, SignHead
+
+# How far the server's clock may be from the party's, which signs the time.
+_CLOCKS = timedelta(hours=1)
+
+
+@dataclass(frozen=True)
+class Signatory:
+    """One party of a run. Its copy of the log, with all parties' signatures, is evidence that no server can take away.
+
+    `commitment` is there for a claimant.
+    """
+
+    party: str
+    run_id: str
+    job_digest: str
+    keys: ClaimFolder
+    copy: Path
+    commitment: Commitment | None
+
+    @classmethod
+    def of(cls, job: Job, run: RunFolder, party: str, keys: ClaimFolder) -> Signatory:
+        """Return a party's part in the log of a run.
+
+        Args:
+            job: The job.
+            run: The run folder.
+            party: The party.
+            keys: Its folder of claims.
+
+        Raises:
+            ConfigError: `OWNERSHIP_UNCOMMITTED`.
+        """
+        commitment = keys.commitment(job.digest) if party in job.ownership.claimants else None
+        return cls(party, run.run_id, run.job_digest, keys, run.path / "parties" / party / FOLDER, commitment)
+
+    def answer(self, request: ShowCommitment | SignHead) -> Shown | HeadSigned:
+        """Return the answer to one of the two requests.
+
+        Args:
+            request: The request.
+
+        Raises:
+            StateLost: `OWNERSHIP_BROKEN`: the head does not follow on what the party has signed.
+        """
+        if isinstance(request, SignHead):
+            return self._signed(request)
+        text = self.commitment.model_dump_json() if self.commitment else ""
+        return Shown(public_key=public_hex(self.keys.key()), commitment=text)
+
+    def _signed(self, request: SignHead) -> HeadSigned:
+        try:
+            head = Head.model_validate_json(request.head)
+        except ValidationError:
+            raise PayloadError("PAYLOAD_REFUSED", "what is to be signed is no head", where=self.party) from None
+        log = self._followed(read_log(self.copy), head, request)
+        signature = sign(self.keys.key(), head.text(), purpose=HEAD_PURPOSE)
+        # Kept before it leaves: what was signed once is never forgotten.
+        log.with_head(SignedHead(head=head, signatures={self.party: signature})).write(self.copy)
+        return HeadSigned(signature=signature)
+
+    def _followed(self, own: OwnershipLog, head: Head, request: SignHead) -> OwnershipLog:
+        """Return the party's copy with the new entries, if the head follows on it."""
+        size = own.heads[-1].head.size if own.heads else 0
+        log = OwnershipLog((*own.entries[: request.since], *request.entries), own.heads)
+        if log.entries[:size] != own.entries[:size] or request.since > size:
+            raise self._refused("entries that the party has signed were changed or taken out")
+        if head.size != len(log.entries) or head.root != root(log.leaves).hex():
+            raise self._refused("the head is not that of its entries")
+        if (head.run_id, head.job_digest) != (self.run_id, self.job_digest):
+            raise self._refused("the head is of another run")
+        if own.heads and head.time < own.heads[-1].head.time:
+            raise self._refused("the head is older than the last one")
+        if abs(datetime.now(UTC) - datetime.fromisoformat(head.time)) > _CLOCKS:
+            raise self._refused("the server's clock is more than an hour from the party's")
+        missing = {party_entry(self.party, public_hex(self.keys.key()))}
+        missing |= {commitment_entry(self.commitment)} if self.commitment else set()
+        if missing - set(log.entries):
+            raise self._refused("the party's own key or commitment is not in the log")
+        return OwnershipLog(log.entries, _completed(log, request))
+
+    def _refused(self, what: str) -> FedllmError:
+        return broken(what, self.copy)
+
+
+def _completed(log: OwnershipLog, request: SignHead) -> tuple[SignedHead, ...]:
+    """Return the heads, that of size `since` with the signatures of all."""
+    keys, heads = log.keys(), []
+    for signed in log.heads:
+        if signed.head.size == request.since:
+            sound = {
+                party: signature
+                for party, signature in request.signatures.items()
+                if is_signed(keys.get(party, ""), signed.head.text(), signature, purpose=HEAD_PURPOSE)
+            }
+            signed = SignedHead(head=signed.head, signatures=signed.signatures | sound)
+        heads.append(signed)
+    return tuple(heads)

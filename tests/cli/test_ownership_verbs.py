@@ -1,0 +1,79 @@
+"""`fedllm ownership` as a user types it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tiny import TinyFederation, tiny_federation
+from verbs import Call, data_of
+
+from fedllm.errors import ExitCode
+from fedllm.ownership.claims import load_claim, new_secret
+
+TWO = {"north": 6, "south": 4}
+JOB = {
+    "federation.num_rounds": 2,
+    "federation.keep": "last",
+    "train.local_steps": 3,
+    "peft.target_modules": "all-linear",
+    "ownership": {"carrier": "product", "claimants": ["north", "south"]},
+}
+
+
+@pytest.fixture(scope="module")
+def federation(tmp_path_factory: pytest.TempPathFactory, base: Path) -> TinyFederation:
+    return tiny_federation(tmp_path_factory.mktemp("claimed"), base, sizes=TWO, job=JOB)
+
+
+def test_a_claim_is_committed_to_and_verified(call: Call, federation: TinyFederation, tmp_path: Path) -> None:
+    folder = federation.folder
+    code, out, _ = call("ownership", "commit", federation.job_file, "--party", folder / "parties" / "north.yaml")
+    assert code == 0 and "secret" in out
+    code, _, err = call("run", federation.job_file, "-o", folder / "run", "-q")
+    assert code == ExitCode.USAGE and "OWNERSHIP_UNCOMMITTED" in err
+    code, out, _ = call(
+        "ownership", "commit", federation.job_file, "--party", folder / "parties" / "south.yaml", "--json"
+    )
+    (south,) = data_of(out)
+    assert code == 0 and south["party"] == "south" and load_claim(Path(south["claim"])).salt not in out
+    assert call("run", federation.job_file, "-o", folder / "run", "-q")[0] == 0
+
+    own = folder / "parties" / "ownership-north"
+    code, out, _ = call("ownership", "verify", folder / "run", "--claim", own, "--log", folder / "run")
+    assert code == 0 and "32 of 32 bits" in out and "The claim is upheld" in out
+    code, out, _ = call("ownership", "verify", folder / "run", "--claim", own, "--json")
+    (found,) = data_of(out)
+    assert code == ExitCode.FAILED and '"status": "not upheld"' in out
+    assert found["status"] == "rejected" and "no log is given" in found["sentence"]
+    words = ("--claim", own, "--log", folder / "run", "--seen", "2020-01-01")
+    code, out, _ = call("ownership", "verify", folder / "run", *words)
+    assert code == ExitCode.FAILED and "was seen on 2020-01-01" in out
+    key = found["readings"] and call(
+        "ownership", "verify", folder / "run", *words[:4], "--party-key", "south=sha256:" + "0" * 64
+    )
+    assert key[0] == ExitCode.FAILED and "log's key of `south`" in key[1]
+
+    # A claim that was changed is still a claim, but not the one that was committed to.
+    changed = load_claim(next(own.glob("*.claim.json"))).model_copy(update={"salt": new_secret()})
+    path = tmp_path / "changed.claim.json"
+    path.write_text(changed.model_dump_json(), encoding="utf-8")
+    path.chmod(0o600)
+    code, out, _ = call("ownership", "verify", folder / "run", "--claim", path, "--log", folder / "run")
+    assert code == ExitCode.FAILED and "rejected" in out and "salt" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (("verify", "run", "--claim", "nothing.json"), "BAD_KEY"),
+        (("verify", "run", "--claim", "nothing.json", "--seen", "soon"), "BAD_VALUE"),
+        (("verify", "run", "--claim", "nothing.json", "--party-key", "north"), "BAD_VALUE"),
+        (("verify", "run", "--claim", "."), "FILE_NOT_FOUND"),
+    ],
+)
+def test_wrong_words_are_explained(
+    words: tuple[str, ...], code: str, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert code in call("ownership", *words)[2]
