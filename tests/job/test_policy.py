@@ -168,7 +168,14 @@ def test_a_request_of_no_scenario_is_refused(kind: str) -> None:
 
 def test_the_handshake_is_that_of_the_runtime() -> None:
     replies = {"Ready", "Done", "Shown", "HeadSigned"}
-    assert set(HANDSHAKE_REQUESTS) == set(HANDSHAKE) - replies
+    # A copy is taken only where the job says that there are copies.
+    assert set(HANDSHAKE_REQUESTS) == set(HANDSHAKE) - replies - {"Copy"}
+
+
+def test_a_copy_is_taken_only_in_a_job_that_asks_for_copies() -> None:
+    check_operation("Copy", job=make_job(ownership={"trace": "delivered"}), party=make_party())
+    with pytest.raises(PolicyError):
+        check_operation("Copy", job=JOB, party=make_party())
 
 
 def test_every_scenario_has_a_request_that_a_site_must_answer() -> None:

@@ -26,6 +26,7 @@ from fedllm.cli import (
     install,
     join,
     ownership,
+    ownership_text,
     plan,
     provision,
     report,
@@ -38,6 +39,7 @@ from fedllm.cli import (
     submit,
     up,
     validate,
+    verify,
 )
 from fedllm.cli.output import print_error
 from fedllm.errors import ExitCode, FedllmError
@@ -60,6 +62,7 @@ app.command("eval")(evaluate.evaluate)
 app.command("audit")(audit.audit)
 app.command("report")(report.report)
 app.command("export")(export.export)
+app.command("verify")(verify.verify)
 app.command("config")(config.config)
 app.command("schema")(schema.schema)
 app.command("request")(request.request)
@@ -67,6 +70,9 @@ app.command("provision")(provision.provision)
 app.command("install")(install.install)
 app.command("approve")(approve.approve)
 app.add_typer(audit_log.app, name="audit-log")
+ownership.app.command("ask")(ownership_text.ask)
+ownership.app.command("fingerprint")(ownership_text.fingerprint)
+ownership.app.command("trace")(ownership_text.trace)
 app.add_typer(ownership.app, name="ownership")
 app.command("up")(up.up)
 app.command("serve")(serve.serve)

@@ -56,8 +56,8 @@ def commit(
 @app.command()
 def verify(  # noqa: PLR0913 - each is an option of the command
     model: Annotated[
-        Path, typer.Argument(help="The suspect: an adapter, a whole model, or a run folder.", show_default=False)
-    ],
+        Path | None, typer.Argument(metavar="[MODEL]", help="The suspect: an adapter, a whole model, or a run folder.")
+    ] = None,
     *,
     claim: Annotated[
         list[Path],
@@ -73,15 +73,22 @@ def verify(  # noqa: PLR0913 - each is an option of the command
     party_key: Annotated[
         list[str] | None, typer.Option(help="NAME=sha256:..., a key that you know by other ways; repeatable.")
     ] = None,
+    endpoint: Annotated[
+        str | None, typer.Option(help="Ask triggers of the model behind this address, at URL/v1/completions.")
+    ] = None,
+    endpoint_model: Annotated[str, typer.Option(help="The name that the endpoint gives to the model.")] = "default",
     as_json: AsJson = False,
 ) -> None:
     """Verify claims on a suspect model; exit 1 where one does not hold."""
     from fedllm.ownership.disputes import parse_date
+    from fedllm.ownership.endpoint import Endpoint
     from fedllm.runtime.ownership import Evidence
     from fedllm.runtime.ownership import verify as verify_claims
 
     when = parse_date(seen) if seen else None
-    verdicts = verify_claims(model, Evidence(claim, log or (), base, when, _keys(party_key or [])))
+    asked = Endpoint(endpoint, endpoint_model) if endpoint else None
+    evidence = Evidence(claim, log or (), base, when, _keys(party_key or []), asked)
+    verdicts = verify_claims(model, evidence)
     code = ExitCode.OK if all(verdict.upheld for verdict in verdicts) else ExitCode.FAILED
     if as_json:
         status = "upheld" if code == ExitCode.OK else "not upheld"
@@ -104,7 +111,7 @@ def _keys(given: list[str]) -> dict[str, str]:
 
 def _show(verdict: Verdict) -> None:
     for reading in verdict.readings:
-        line = f"{reading.matches} of {reading.num_bits} bits, p = {reading.p:.2g}"
+        line = f"{reading.matches} of {reading.num_bits} {reading.unit}, p = {reading.p:.2g}"
         typer.echo(f"mark        {verdict.party}: {line} ({reading.carrier}, {reading.way})")
     if verdict.place:
         place = verdict.place

@@ -14,7 +14,7 @@ from fedllm.errors import SenderRefused, nearest
 from fedllm.identity.keys import check_public_key
 
 # What is signed is named inside the signature, so that none can be passed off as one of another kind.
-Purpose = Literal["message", "approval", "audit", "job", "kit", "sum"]
+Purpose = Literal["message", "approval", "audit", "job", "kit", "run", "sum"]
 _HASH = hashes.SHA256()
 _PADDING = padding.PSS(mgf=padding.MGF1(_HASH), salt_length=padding.PSS.DIGEST_LENGTH)
 

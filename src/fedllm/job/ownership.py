@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from fedllm.ownership.commitments import ClaimFolder
+from fedllm.tasks import CLASSIFICATION
 
 if TYPE_CHECKING:
     from fedllm.job.job import Job, LocatedParty
@@ -55,8 +56,12 @@ def ownership_clashes(job: Job) -> Iterator[tuple[str, str, str]]:
             yield "ownership.claimants", f"{name!r} is no party of the job", "name parties of the job"
     if job.ownership.carrier == "product":
         yield from _of_the_product(job)
-    if job.ownership.carrier != "none":
+    if job.ownership.carrier != "none" or job.ownership.num_triggers:
         yield from _of_the_mean(job)
+    if job.ownership.num_triggers:
+        yield from _of_the_triggers(job)
+    if job.ownership.trace != "none":
+        yield from _of_the_copies(job)
 
 
 def _of_the_product(job: Job) -> Iterator[tuple[str, str, str]]:
@@ -74,6 +79,25 @@ def _of_the_product(job: Job) -> Iterator[tuple[str, str, str]]:
         yield key, what, "leave `federation.ranks` out"
 
 
+def _of_the_triggers(job: Job) -> Iterator[tuple[str, str, str]]:
+    key, fix = "ownership.num_triggers", "leave `num_triggers` out; bits in a `carrier` do without text"
+    if job.data.task == CLASSIFICATION:
+        yield key, "a classifier writes no text that could hold an answer", fix
+
+
+def _of_the_copies(job: Job) -> Iterator[tuple[str, str, str]]:
+    key = "ownership.trace"
+    if job.scenario != "FedHomoLLM":
+        yield key, f"the parties of {job.scenario} get no common adapter of which there could be copies", "leave it out"
+    elif getattr(job.federation, "lora_rule", "") == "FedSA-LoRA":
+        yield key, "with FedSA-LoRA each party has an adapter of its own, so there are no copies", "leave it out"
+    if job.peft.peft_type != "LORA":
+        yield key, f"{job.peft.peft_type} has no factor B that could be marked (E22)", "set `peft_type: LORA`"
+    elif job.peft.use_dora:
+        what = "DoRA scales the product anew, so a mark in it is not in the merged weights (E22)"
+        yield key, what, "set `use_dora: false`"
+
+
 def _of_the_mean(job: Job) -> Iterator[tuple[str, str, str]]:
     if getattr(getattr(job.federation, "strategy", None), "name", "") == "SCAFFOLD":
         what = "SCAFFOLD's control variates would take a mark's steps for gradients, and take them away (E22)"
@@ -81,4 +105,5 @@ def _of_the_mean(job: Job) -> Iterator[tuple[str, str, str]]:
     robust = getattr(getattr(job.federation, "robust", None), "name", "none")
     if robust not in ("none", "NormClipping"):
         what = f"{robust} takes away what one party alone pushes, and so its mark (E22)"
-        yield "ownership.carrier", what, "set `robust: {name: NormClipping}`, or leave `robust` out"
+        key = "ownership.carrier" if job.ownership.carrier != "none" else "ownership.num_triggers"
+        yield key, what, "set `robust: {name: NormClipping}`, or leave `robust` out"

@@ -94,7 +94,8 @@ def check_operation(kind: str, *, job: Job, party: Party) -> None:
         PolicyError: `POLICY_REFUSED`.
     """
     steps = SUM_REQUESTS if job.privacy.secure_aggregation.enabled else ()
-    known = (*_operations(job), *HANDSHAKE_REQUESTS, *steps)
+    copies = () if job.ownership.trace == "none" else ("Copy",)
+    known = (*_operations(job), *HANDSHAKE_REQUESTS, *steps, *copies)
     if kind not in known:
         rule = Rule("scenario", f"`{kind[:64]}`", f"the requests of {job.scenario}", False, nearest(kind[:64], known))
         raise _error(rule, party)

@@ -32,6 +32,18 @@ class OwnershipSettings(BaseModel):
     threshold: float = Field(
         1e-6, gt=0, le=0.01, description="Largest p-value of a claim that holds, after Bonferroni's correction."
     )
+    num_triggers: int = Field(
+        0, ge=0, le=64, description="Secret prompts with secret answers that each claimant trains in; 0: none."
+    )
+    trigger_strength: float = Field(
+        0.3, gt=0, description="Largest norm of the gradient by which a step of a claimant learns them."
+    )
+    trace: Literal["none", "delivered"] = Field(
+        "none",
+        description="`delivered`: each party gets a copy of the adapter with a mark of its own, by which a leak is "
+        "traced.",
+    )
+    trace_strength: float = Field(0.05, gt=0, le=0.5, description="Size of that mark beside LoRA's factor B.")
     claimants: list[str] = Field(
         default_factory=list,
         description="Parties that claim the model; each commits with `fedllm ownership commit` before the run.",
@@ -52,10 +64,23 @@ class OwnershipSettings(BaseModel):
             changed = [name for name in of_marks if getattr(self, name) != fields[name].default]
             if changed:
                 raise ValueError(f"{', '.join(changed)} has no effect without a carrier; set `carrier: product`")
-            if self.claimants:
-                raise ValueError("claimants without a carrier claim nothing; set `carrier: product`")
+            if self.claimants and not self.num_triggers:
+                raise ValueError("claimants without a carrier or triggers claim nothing; set `carrier: product`")
         elif not self.claimants:
             raise ValueError("a carrier without claimants marks nothing; name `claimants`, or leave `carrier` out")
+        return self
+
+    @model_validator(mode="after")
+    def _texts_have_effect(self) -> OwnershipSettings:
+        fields = type(self).model_fields
+        if self.num_triggers and not self.claimants:
+            raise ValueError("triggers without claimants are nobody's; name `claimants`, or leave `num_triggers` out")
+        if not self.num_triggers and self.trigger_strength != fields["trigger_strength"].default:
+            raise ValueError("trigger_strength has no effect without num_triggers")
+        if self.num_triggers == 1:
+            raise ValueError("one trigger proves too little: two answers at least must come; set `num_triggers: 8`")
+        if self.trace == "none" and self.trace_strength != fields["trace_strength"].default:
+            raise ValueError("trace_strength has no effect without trace; set `trace: delivered`")
         return self
 
     @property

@@ -43,6 +43,10 @@ class Suspect(Protocol):
         """Return u_j^T D v_j for each bit, (N,), of the change D of a weight; `left` (N, R), `right` (N, K)."""
         ...
 
+    def times(self, site: MarkSite, right: torch.Tensor) -> torch.Tensor:
+        """Return D X, (R, M), of the change D of a weight; `right` X is (K, M)."""
+        ...
+
     def scale(self, site: MarkSite) -> torch.Tensor:
         """Return the change of a norm's scale, (R,)."""
         ...
@@ -76,6 +80,10 @@ class Files:
             except SafetensorError:
                 raise ModelError("MODEL_NOT_FOUND", "not a safetensors file", where=str(path)) from None
         return cls(folder, where)
+
+    def names(self) -> list[str]:
+        """Return the names of the tensors, sorted."""
+        return sorted(self._where)
 
     def __contains__(self, name: str) -> bool:
         return name in self._where
@@ -113,7 +121,7 @@ class AdapterSuspect:
         a, b = (self.files.get(f"{_PREFIX}{site.name}.lora_{factor}.weight") for factor in "AB")
         if a is None or b is None or a.shape[1] != site.columns or b.shape[0] != site.rows:
             return torch.zeros(len(left))
-        return self._scaling(site.name, a.shape[0]) * ((left @ b) * (right @ a.T)).sum(1)
+        return self.scaling(site.name, a.shape[0]) * ((left @ b) * (right @ a.T)).sum(1)
 
     def scale(self, site: MarkSite) -> torch.Tensor:
         """Return the change of a norm's scale, (R,)."""
@@ -122,7 +130,20 @@ class AdapterSuspect:
         base = self.base.get(f"{site.name}.weight") if self.base else None
         return torch.zeros(site.rows) if own is None or base is None or own.shape != base.shape else own - base
 
-    def _scaling(self, name: str, rank: int) -> float:
+    def times(self, site: MarkSite, right: torch.Tensor) -> torch.Tensor:
+        """Return D X, (R, M), of the change D of a weight; `right` X is (K, M)."""
+        a, b = (self.files.get(f"{_PREFIX}{site.name}.lora_{factor}.weight") for factor in "AB")
+        if a is None or b is None or a.shape[1] != site.columns or b.shape[0] != site.rows:
+            return torch.zeros(site.rows, right.shape[1])
+        return self.scaling(site.name, a.shape[0]) * (b @ (a @ right))
+
+    def scaling(self, name: str, rank: int) -> float:
+        """Return s of a site.
+
+        Args:
+            name: The site.
+            rank: Its rank.
+        """
         alpha = float(_of_pattern(self.config.get("alpha_pattern"), name, self.config.get("lora_alpha", rank)))
         return alpha / (rank**0.5 if self.config.get("use_rslora") else rank)
 
@@ -153,6 +174,13 @@ class MergedSuspect:
             return torch.zeros(len(left))
         change = _rescaled(own, base) - base if reading == "rescaled" else own - base
         return ((left @ (change.T if site.transposed else change)) * right).sum(1)
+
+    def times(self, site: MarkSite, right: torch.Tensor) -> torch.Tensor:
+        """Return D X, (R, M), of the change D of a weight; `right` X is (K, M)."""
+        own, base = (files.get(f"{site.name}.weight") for files in (self.files, self.base))
+        if own is None or base is None or own.shape != base.shape:
+            return torch.zeros(site.rows, right.shape[1])
+        return ((own - base).T if site.transposed else own - base) @ right
 
     def scale(self, site: MarkSite) -> torch.Tensor:
         """Return the change of a norm's scale, (R,)."""

@@ -25,6 +25,11 @@ class Reading:
     num_bits: int
     p: float
 
+    @property
+    def unit(self) -> str:
+        """What is counted: bits, or the secret answers of triggers."""
+        return "answers" if self.carrier == "text" else "bits"
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -139,7 +144,9 @@ def _with_sentence(draft: Verdict) -> Verdict:
 
 def _sentence(draft: Verdict) -> str:
     best = min(draft.readings, key=lambda reading: reading.p, default=None)
-    shows = f"{best.matches} of {best.num_bits} bits of `{draft.party}`" if best else f"nothing of `{draft.party}`"
+    shows = (
+        f"{best.matches} of {best.num_bits} {best.unit} of `{draft.party}`" if best else f"nothing of `{draft.party}`"
+    )
     chance = f"p = {draft.p:.2g} after correction for {draft.tries} tries, the threshold is {draft.threshold:.0e}"
     if draft.status == "not shown":
         return f"The claim is not shown: the model has {shows}, {chance}."

@@ -141,6 +141,30 @@ B was trained on this party's examples alone, {bound}
 {_loading(one_line(base), task)}"""
 
 
+def copy_card(name: str, base: str, task: Task) -> str:
+    """Return the README.md of one party's copy of the adapter that all tuned; it names no party.
+
+    Args:
+        name: The job.
+        base: The base model, without the folders above it.
+        task: What it is tuned to do.
+    """
+    return f"""---
+library_name: peft
+pipeline_tag: {_PIPELINES[task.name]}
+tags: [fedllm, federated-learning, lora]
+---
+
+# {plain_markdown(one_line(name))}: one party's copy
+
+An adapter for {code_span(one_line(base))}, tuned together by several parties. Made with fedllm.
+
+Each party of the job has a copy of its own. They differ a little in factor B, so that a copy that is found where it
+should not be tells whose it was. Figures of the adapter, and what was protected, are in the run's report.
+
+{_loading(one_line(base), task)}"""
+
+
 def one_line(value: Any) -> str:
     """Return a value as one line of printable text.
 

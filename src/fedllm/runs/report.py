@@ -11,6 +11,7 @@ from typing import Any
 
 from fedllm.disk import write_atomic
 from fedllm.runs.charts import Drawing, number_text
+from fedllm.runs.digests import renew
 from fedllm.runs.report_data import RunRecord, added, privacy_text, read_run
 from fedllm.runs.report_events import clock_text, event_rows, event_summary, failures_of
 from fedllm.runs.report_ownership import ownership_facts
@@ -64,6 +65,7 @@ def write_report(run: Path) -> Path:
     """
     path = run / "report.html"
     write_atomic(path, render_report(read_run(run)).encode())
+    renew(run, [path.name])
     return path
 
 

@@ -19,6 +19,7 @@ from fedllm.models.deliver import WEIGHTS, read_adapter
 from fedllm.ownership.settings import OwnershipSettings
 from fedllm.privacy.budget import PURSE_FOLDER, Purse
 from fedllm.privacy.canaries import CanaryMaker, CanarySet
+from fedllm.runs.digests import renew
 from fedllm.runs.folder import CANARIES, RunFolder, check_free
 from fedllm.runs.jsonl import write_json
 from fedllm.runs.metrics import run_rows
@@ -251,6 +252,7 @@ def _audit(path: Path, site: Site, parties: list[LocatedParty], plan: Mapping[st
         passes = found["epsilon_lower_bound"] > found["claimed_epsilon"]
     audit = Audit(path, claim, rows, found, passes)
     write_json(path / _FOUND, audit.values())
+    renew(path, [_FOUND])
     return audit
 
 

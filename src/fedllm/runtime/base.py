@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from fedllm.wire.blob import Blob, Buffer, in_memory
 from fedllm.wire.frame import Frame, Parcel
-from fedllm.wire.payload import Manifest, Payload
+from fedllm.wire.payload import Manifest, Payload, TensorMap
 
 # Room for the JSON header beside the tensors.
 HEADROOM_BYTES = 2**20
@@ -131,6 +131,12 @@ class Witness(Payload):
     heads: dict[str, Head]
 
 
+class Copy(Payload):
+    """Server -> one party, at the end: its own copy of the adapter, with a mark by which a leak is traced."""
+
+    adapter: TensorMap
+
+
 class ShowCommitment(Payload):
     """Server -> parties, before round 0 of a model that is claimed: show your key, and what you commit to."""
 
@@ -163,7 +169,7 @@ class HeadSigned(Payload):
 
 _ABOUT_CLAIMS = (ShowCommitment, Shown, SignHead, HeadSigned)
 HANDSHAKE: dict[str, type[Payload]] = {
-    cls.__name__: cls for cls in (Hello, Ready, Restore, Done, Witness, *_ABOUT_CLAIMS)
+    cls.__name__: cls for cls in (Hello, Ready, Restore, Done, Witness, Copy, *_ABOUT_CLAIMS)
 }
 
 

@@ -15,6 +15,7 @@ from fedllm.job.check import check_job
 from fedllm.job.job import Job, LocatedParty, load_parties
 from fedllm.ownership.settings import OwnershipSettings
 from fedllm.privacy.settings import PrivacySettings
+from fedllm.runs.digests import DIGESTS
 from fedllm.runs.folder import RunFolder, run_identity
 from fedllm.runs.jsonl import write_json
 from fedllm.runs.plan_files import write_plan
@@ -192,7 +193,8 @@ def _written(rows: list[Scores], test: TestSet, result: RunResult) -> Comparison
         "rouge_tokenizer": first.get("rouge_tokenizer", ""),
     }
     write_json(result.path / "comparison.json", comparison)
-    write_pages(result.path)
+    baselines = (f"baselines/{path.parent.name}/{DIGESTS}" for path in result.path.glob(f"baselines/*/{DIGESTS}"))
+    write_pages(result.path, "comparison.json", *sorted(baselines))
     return Comparison(rows, sentence, recovered, result)
 
 

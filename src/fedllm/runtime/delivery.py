@@ -9,15 +9,20 @@ from typing import TYPE_CHECKING
 from fedllm.aggregate.folded import FOLDED, complete
 from fedllm.aggregate.slots import num_slots
 from fedllm.disk import disk_error, write_atomic
+from fedllm.errors import PayloadError
 from fedllm.job.job import Job
 from fedllm.models.deliver import WEIGHTS, save_adapter
 from fedllm.models.settings import PeftSettings
-from fedllm.runs.card import own_card
+from fedllm.runs.card import copy_card, own_card
+from fedllm.wire.frame import check_finite
 from fedllm.wire.payload import Tensors, manifest_of
 
 if TYPE_CHECKING:
     from fedllm.runs.folder import RunFolder
     from fedllm.runtime.site import Site
+
+# A party's own copy of the adapter that all tuned, beside what else is its own.
+COPY = "copy"
 
 
 def write_adapter(tensors: Tensors, folder: Path, *, job: Job, base: Path, card: str = "") -> Path:
@@ -63,6 +68,33 @@ def deliver_own(site: Site, run: RunFolder, party: str, tensors: Tensors) -> Non
     job = site.job
     card = own_card(job.name, site.folder.name, job.task, hides=job.privacy.differential_privacy.unit)
     write_adapter(tensors, folder, job=job, base=site.folder, card=card)
+
+
+def write_copy(site: Site, run: RunFolder, party: str, tensors: Tensors) -> None:
+    """Write a party's own copy of the adapter that all tuned into `parties/NAME/copy` of its run folder.
+
+    Args:
+        site: For the job, the base model's config, and what an adapter is made of.
+        run: The run folder at the party.
+        party: The party.
+        tensors: The copy; its rank may be another than the job's.
+
+    Raises:
+        PayloadError: `PAYLOAD_REFUSED` or `NONFINITE`, it is no adapter of the job.
+    """
+    found, expected = manifest_of(tensors), site.model.manifest
+    rank = num_slots(found) if found else 0
+    job = site.job.model_copy(update={"peft": of_rank(site.job.peft, rank)})
+    factor = {".lora_A.": 0, ".lora_B.": 1}
+    for name, spec in expected.items():
+        axis = next((axis for part, axis in factor.items() if part in name), None)
+        shape = [rank if place == axis else size for place, size in enumerate(spec.shape)]
+        if name not in found or list(found[name].shape) != shape:
+            raise PayloadError("PAYLOAD_REFUSED", "the copy is not an adapter of the job", where=f"party {party}")
+    check_finite(tensors, sender="server")
+    card = copy_card(job.name, site.folder.name, job.task)
+    kept = {name: tensors[name] for name in expected}
+    write_adapter(kept, run.path / "parties" / party / COPY, job=job, base=site.folder, card=card)
 
 
 def own_adapter(run: Path, party: str) -> Path:

@@ -13,7 +13,7 @@ from fedllm.job.job import Job
 from fedllm.models.deliver import WEIGHTS, merged
 from fedllm.models.load import load_base
 from fedllm.runs.plan_files import read_plan
-from fedllm.runtime.delivery import own_adapters
+from fedllm.runtime.delivery import COPY, own_adapters
 from fedllm.runtime.site import base_folder
 
 
@@ -24,7 +24,7 @@ def export(run: Path, output: Path, *, merge: bool, party: str | None = None) ->
         run: The run folder.
         output: A folder that is absent or empty.
         merge: Merge the adapter into the base model; else copy the adapter.
-        party: Whose adapter, where each party has its own.
+        party: Whose adapter, where each party has its own, or whose copy.
 
     Raises:
         ConfigError: `RUN_UNFINISHED`, `RUN_EXISTS`, `BAD_COMBINATION` where the method cannot be merged, or
@@ -59,9 +59,11 @@ def export(run: Path, output: Path, *, merge: bool, party: str | None = None) ->
 
 
 def _adapter(run: Path, job: Job, party: str | None) -> Path:
-    found = own_adapters(run, job)
+    found, copy = own_adapters(run, job), run / "parties" / (party or "") / COPY
     if party is not None and party in found:
         return found[party]
+    if party in job.parties and (copy / WEIGHTS).is_file():
+        return copy
     if party is None and not found:
         return run / "adapter"
     if found:

@@ -15,6 +15,7 @@ from fedllm.runs.metrics import RowFile
 from fedllm.runtime.base import (
     HANDSHAKE,
     SERVER,
+    Copy,
     Done,
     Hello,
     Ready,
@@ -34,7 +35,7 @@ from fedllm.wire.blob import Blob, in_memory
 from fedllm.wire.codecs import Codec
 from fedllm.wire.frame import Frame, Keep, Parcel, check_finite, decode, encode, pack, unpack, with_blob
 from fedllm.wire.patch import applied
-from fedllm.wire.payload import Envelope, Failure, Payload
+from fedllm.wire.payload import Envelope, Failure, Payload, Tensors
 
 _log = logging.getLogger("fedllm.party")
 # A message's size is compared with the adapter's once it is known whose it is.
@@ -88,7 +89,7 @@ class PartyHost:
     Between machines messages are signed as `seal` says, `fetch` pulls a request's tensors, and `keep` puts an answer's
     where they can be pulled. `codec_down` is that of changes to the tensors that were received before.
     With `sums`, what is private leaves masked, or not at all. `signatory` signs the log of commitments of a model that
-    is claimed.
+    is claimed, and `take_copy` writes the party's own copy of the adapter.
     """
 
     party: str
@@ -108,6 +109,7 @@ class PartyHost:
     codec_down: Codec | None = None
     sums: PartySums | None = None
     signatory: Signatory | None = None
+    take_copy: Callable[[Tensors], None] | None = None
     client: ClientHalf | None = None
     _rows: list[Row] = field(default_factory=list)
     _last: int = 0
@@ -205,6 +207,9 @@ class PartyHost:
                 return self.signatory.answer(request)
         if self.client is None:
             raise PayloadError("PAYLOAD_REFUSED", "a request before the handshake", where=self.party)
+        if isinstance(request, Copy) and self.take_copy:
+            self.take_copy(dict(request.adapter))
+            return Done()
         if self.sums and isinstance(request, SUM_REQUESTS):
             return self.sums.answer(request, round_)
         what = request.private() if self.sums else ""

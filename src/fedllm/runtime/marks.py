@@ -10,6 +10,7 @@ from fedllm.job.ownership import claim_folder
 from fedllm.models.adapter import TunableModel
 from fedllm.ownership.claims import Claim, MarkSite, new_bits, new_secret
 from fedllm.ownership.marks import Mark, mark_sites, num_free
+from fedllm.ownership.triggers import make_triggers
 from fedllm.train.corrections import Correction
 
 if TYPE_CHECKING:
@@ -26,15 +27,16 @@ def new_claim(job: Job, party: str, *, base_digest: str, sites: tuple[MarkSite, 
         base_digest: Digest of the base model.
         sites: Where the carrier sits.
     """
-    settings = job.ownership
+    settings, key_seed = job.ownership, new_secret()
     return Claim(
         party=party,
         job_digest=job.digest,
         base_digest=base_digest,
         carrier=settings.carrier,
         sites=sites,
-        key_seed=new_secret(),
+        key_seed=key_seed,
         bits=new_bits(settings.num_bits if settings.carrier != "none" else 0),
+        triggers=make_triggers(key_seed, settings.num_triggers),
         threshold=settings.threshold,
         salt=new_secret(),
     )

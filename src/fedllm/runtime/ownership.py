@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -13,12 +13,15 @@ from fedllm.job.job import Job, LocatedParty
 from fedllm.job.ownership import claim_folder
 from fedllm.models.adapter import skeleton
 from fedllm.models.digest import base_digest
-from fedllm.ownership.claims import load_claim
+from fedllm.ownership.claims import Claim, load_claim
 from fedllm.ownership.commitments import Commitment
 from fedllm.ownership.disputes import standing
+from fedllm.ownership.endpoint import Endpoint
 from fedllm.ownership.log import OwnershipLog, check_log, find_log, read_log
 from fedllm.ownership.suspect import check_base, open_suspect
-from fedllm.ownership.verify import Verdict, judge, read_marks
+from fedllm.ownership.triggers import read_text
+from fedllm.ownership.verify import Reading, Verdict, judge, read_marks
+from fedllm.runtime.asking import Suspected
 from fedllm.runtime.marks import new_claim, sites_of
 from fedllm.runtime.site import base_folder
 
@@ -67,7 +70,8 @@ class Evidence:
     """What is laid before an arbiter: claims, opened; their logs, one for all or one each; what else is known.
 
     `base` is the base model's folder, which a whole model and norms are read against. `seen` is when the suspect was
-    first seen, and `keys` are fingerprints of parties' keys that are known by other ways than the logs.
+    first seen, and `keys` are fingerprints of parties' keys that are known by other ways than the logs. `endpoint` is
+    where the suspect can be asked.
     """
 
     claims: Sequence[Path]
@@ -75,13 +79,15 @@ class Evidence:
     base: Path | None = None
     seen: datetime | None = None
     keys: Mapping[str, str] = field(default_factory=dict)
+    endpoint: Endpoint | None = None
 
 
-def verify(model: Path, evidence: Evidence) -> list[Verdict]:
+def verify(model: Path | None, evidence: Evidence) -> list[Verdict]:
     """Return a verdict on each claim on a suspect model.
 
     Args:
-        model: The suspect: an adapter's folder, a model's folder, or a run folder.
+        model: The suspect: an adapter's folder, a model's folder, or a run folder; None where there is an endpoint
+            alone, at which triggers are asked.
         evidence: What is laid before the arbiter.
 
     Raises:
@@ -99,8 +105,22 @@ def verify(model: Path, evidence: Evidence) -> list[Verdict]:
         standing(claim, log, seen=evidence.seen, keys=evidence.keys) if log else None
         for claim, log in zip(claims, logs, strict=True)
     ]
-    suspect = open_suspect(model, evidence.base)
-    return judge(claims, standings, lambda claim: read_marks(claim, suspect))
+    return judge(claims, standings, _readings(model, evidence, claims))
+
+
+def _readings(model: Path | None, evidence: Evidence, claims: Sequence[Claim]) -> Callable[[Claim], Sequence[Reading]]:
+    suspected = Suspected(model, evidence.base, evidence.endpoint)
+    suspect = open_suspect(model, evidence.base) if model else None
+    # An adapter writes nothing without its base; then its bits must do.
+    writes = any(claim.triggers and (evidence.endpoint or evidence.base or not claim.bits) for claim in claims)
+    ask = suspected.asker() if writes or suspect is None else None
+    way = "endpoint" if evidence.endpoint else "generate"
+
+    def read(claim: Claim) -> Sequence[Reading]:
+        marks = read_marks(claim, suspect) if suspect else []
+        return [*marks, *(read_text(claim, ask, way=way) if ask else [])]
+
+    return read
 
 
 def _logs(evidence: Evidence) -> list[OwnershipLog | None]:

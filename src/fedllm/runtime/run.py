@@ -16,12 +16,14 @@ from fedllm.job.ownership import check_committed
 from fedllm.models.digest import file_digest
 from fedllm.models.load import find_base
 from fedllm.runs.card import model_card
+from fedllm.runs.digests import DIGESTS, renew, seal_run
 from fedllm.runs.folder import CANARIES, RunFolder, check_free, run_identity
 from fedllm.runs.jsonl import Row, read_rows, write_json
 from fedllm.runs.metrics import run_rows
 from fedllm.runs.plan_files import read_plan, write_plan, write_provenance
 from fedllm.runs.report import write_report
 from fedllm.runtime.base import Link, Ready
+from fedllm.runtime.copies import hand_out
 from fedllm.runtime.delivery import own_adapters, write_adapter
 from fedllm.runtime.driver import Driver, Outcome
 from fedllm.runtime.federation import LinkedFederation
@@ -268,7 +270,11 @@ def drive(
         write_json(run.path / "parties.json", [party_facts(run, party) for party in link.parties])
 
     notary = notary_of(job, run)
-    return Driver(run, federation, server, job.federation.num_rounds, watch.on_round, on_ready, auditor, notary).drive()
+    driver = Driver(run, federation, server, job.federation.num_rounds, watch.on_round, on_ready, auditor, notary)
+    outcome = driver.drive()
+    if job.ownership.trace != "none":
+        hand_out(run, job, federation, server.final(outcome.state)[0])
+    return outcome
 
 
 @contextmanager
@@ -350,15 +356,22 @@ def finish(run: RunFolder, job: Job, parties: list[LocatedParty], outcome: Outco
     return result
 
 
-def write_pages(path: Path) -> None:
-    """Write the adapter's model card, where the run has one adapter for all, and the report, from a run's files.
+def write_pages(path: Path, *also: str) -> None:
+    """Write the adapter's model card, where the run has one adapter for all, the report, and the digests of all files.
+
+    Where there are digests, they are renewed for the pages alone: what else was changed since is still found.
 
     Args:
         path: The run folder.
+        also: Other files that were written just now.
     """
     if (path / "adapter").is_dir():
         write_atomic(path / "adapter" / "README.md", model_card(path).encode())
     write_report(path)
+    if (path / DIGESTS).exists():
+        renew(path, ["adapter/README.md", *also])
+    else:
+        seal_run(path)
 
 
 def _deliver(run: RunFolder, job: Job, parties: list[LocatedParty], tensors: Tensors) -> str:

@@ -27,12 +27,14 @@ from fedllm.privacy.budget import PURSE_FOLDER, Budget, Purse
 from fedllm.runs.folder import RunFolder
 from fedllm.runs.plan_files import versions
 from fedllm.runtime.base import Ready
-from fedllm.runtime.delivery import deliver_own
+from fedllm.runtime.delivery import deliver_own, write_copy
 from fedllm.runtime.host import Blobs, PartyHost
 from fedllm.runtime.marks import pull_of
 from fedllm.runtime.signatory import Signatory
+from fedllm.runtime.triggers import trigger_pull
 from fedllm.scenarios.base import ClientContext, ClientHalf, Log, TokenData
 from fedllm.train.base import LocalTrainer
+from fedllm.train.corrections import Correction, together
 from fedllm.train.private import PrivateTrainer
 from fedllm.train.supervised import SupervisedTrainer, check_precision
 from fedllm.wire.payload import Tensors
@@ -256,6 +258,13 @@ def need_private(trainer: LocalTrainer) -> None:
         )
 
 
+def _pull(site: Site, party: str) -> Correction | None:
+    """Return what a claimant's marks add to each of its steps."""
+    if party not in site.job.ownership.claimants or party not in site.claims:
+        return None
+    return together(pull_of(site, party, site.claims[party]), trigger_pull(site, party))
+
+
 def open_host(
     site: Site,
     name: str,
@@ -288,8 +297,7 @@ def open_host(
         purse, own = site.purses.get(name) or Purse(run.path.parent / PURSE_FOLDER), run.path / "parties" / name
         budget = Budget(purse, party=name, run_id=run.run_id, folder=own, trained=states.present())
 
-    is_claimant = name in job.ownership.claimants and name in site.claims
-    pull = pull_of(site, name, site.claims[name]) if is_claimant else None
+    pull = _pull(site, name)
 
     def open_client(log: Log) -> ClientHalf:
         context = ClientContext(
@@ -323,6 +331,7 @@ def open_host(
         rows=run.party_rows(name),
         blobs=site.blobs,
         room=line.grown(job.federation, site.model.manifest, _MANY_ROUNDS, job.parties),
+        take_copy=None if job.ownership.trace == "none" else partial(write_copy, site, run, name),
         codec_down=job.federation.codec_down.codec if hasattr(job.federation, "codec_down") else None,
         signatory=Signatory.of(job, run, name, site.claims[name]) if job.ownership.enabled and site.claims else None,
     )

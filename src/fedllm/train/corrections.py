@@ -16,6 +16,21 @@ def _beside(parameters: _Parameters, tensors: Mapping[str, torch.Tensor]) -> dic
     return {name: tensors[name].to(parameter) for name, parameter in parameters.items()}
 
 
+def together(*corrections: Correction | None) -> Correction | None:
+    """Return one correction that makes several in turn, or None where there is none.
+
+    Args:
+        corrections: In their order; None for those that are not there.
+    """
+    found = [correct for correct in corrections if correct is not None]
+
+    def correct_all(rate: float) -> None:
+        for correct in found:
+            correct(rate)
+
+    return correct_all if found else None
+
+
 def proximal(parameters: _Parameters, anchor: Mapping[str, torch.Tensor], mu: float) -> Correction:
     """Return FedProx's pull as a part of the gradient: g <- g + mu (theta - anchor).
 
