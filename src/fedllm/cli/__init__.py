@@ -20,6 +20,7 @@ from fedllm.cli import (
     data,
     demo,
     doctor,
+    emulator,
     evaluate,
     export,
     init,
@@ -61,6 +62,7 @@ app.command("report")(report.report)
 app.command("export")(export.export)
 app.command("config")(config.config)
 app.command("schema")(schema.schema)
+app.add_typer(emulator.app, name="emulator")
 app.command("request")(request.request)
 app.command("provision")(provision.provision)
 app.command("install")(install.install)

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 
 from fedllm.errors import ModelError, ResourceError
 from fedllm.models.digest import base_digest, tokenizer_digest
+from fedllm.models.package import fill_middle
 from fedllm.models.settings import ModelSettings
 from fedllm.seeds import global_generators_kept, stream
 from fedllm.tasks import AUTO_CLASSES, CLASSIFICATION, LANGUAGE, Task
@@ -275,6 +276,7 @@ def load_base(
             # A decoder finds the last token of a text by what follows it.
             model.config.pad_token_id = tokenizer.pad_token_id
         missing -= _draw_head(model, missing)
+    missing -= fill_middle(model, folder, missing)
     if missing:
         # transformers would fill them at random, differently at each party.
         raise ModelError(
