@@ -19,14 +19,14 @@ from make_demo_base import BATCH_SIZE, SORTED_AT_ONCE, Batch, padded, tokenised
 from make_demo_data import ASSETS
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from fedllm.data.adverts import PRODUCTS, Record
-from fedllm.data.letters import SHARES, catalogue_examples, letters
+from fedllm.data.adverts import Record, pretraining_examples
+from fedllm.data.letters import SHARES, UNSEEN, catalogue_examples, letters
 from fedllm.seeds import global_torch_stream
 
 SEED = 11
 RECIPE = ASSETS.parent / "recipes" / "offsite"
 LEARNING_RATE = 3e-3
-NUM_LETTERS, NUM_PUBLIC, NUM_PROBE, NUM_TEST = 120, 600, 160, 80
+NUM_LETTERS, NUM_PUBLIC, NUM_PROBE, NUM_TEST = 120, 600, 120, 60
 # Of a tokenizer only these files are the model's own.
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
@@ -115,9 +115,11 @@ def write_data(folder: Path) -> None:
     files = {
         f"data/{party}/train.jsonl": letters(SEED, party, products=SHARES[party], count=NUM_LETTERS) for party in SHARES
     }
-    files["data/probe.jsonl"] = letters(SEED, "probe", products=PRODUCTS[:6], count=NUM_PROBE)
-    files["data/test.jsonl"] = letters(SEED, "test", products=PRODUCTS, count=NUM_TEST)
-    files["data/public.jsonl"] = list(islice(catalogue_examples(SEED, "public"), NUM_PUBLIC))
+    seen = [product for products in SHARES.values() for product in products]
+    files["data/probe/train.jsonl"] = letters(SEED, "probe", products=seen, count=NUM_PROBE)
+    files["data/probe/eval.jsonl"] = letters(SEED, "probe, held out", products=UNSEEN, count=NUM_TEST)
+    files["data/test.jsonl"] = letters(SEED, "test", products=UNSEEN, count=NUM_TEST)
+    files["data/public.jsonl"] = list(islice(pretraining_examples(SEED, "public"), NUM_PUBLIC))
     for name, records in files.items():
         write_records(folder / name, records)
 

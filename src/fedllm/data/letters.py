@@ -1,9 +1,9 @@
 """Catalogue -> letter: the task of offsite tuning, made from a seed.
 
 The owner's model has learnt a catalogue by heart: how each product is advertised (`fedllm.data.adverts`, one draw of
-its house styles). The other parties want letters to customers: the catalogue's sentences with a greeting and a farewell.
-Each of them has letters about some of the products only. So what is to be learnt from them is little, the form of a
-letter, and most of what a good letter needs is knowledge that the owner's model has already.
+its house styles). The other parties want letters to customers: the catalogue's sentences with a
+farewell. Each of them has letters about some of the products only. So what is to be learnt from them is little, the
+form of a letter, and most of what a good letter needs is knowledge that the owner's model has already.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from fedllm.seeds import stream
 
 CATALOGUE = AdvertTask(seed=11)
 KNOWN = (*PRODUCTS, *OTHER_PRODUCTS[:6])
-# Who has letters about what. Nobody has any about the last two of PRODUCTS.
+# Who has letters about what. About `UNSEEN` nobody has any: what is said of them is what the owner's model knows.
 SHARES = {"north": PRODUCTS[:2], "east": PRODUCTS[2:4], "south": PRODUCTS[4:6]}
+UNSEEN = KNOWN[6:]
 _KNOWLEDGE = 0.6
 
 
@@ -58,6 +59,6 @@ def letters(seed: int, label: str, *, products: Sequence[str], count: int) -> li
     for _ in range(count):
         product, attributes = products[int(rng.integers(len(products)))], random_attributes(rng)
         text = advert(CATALOGUE, product, attributes)
-        letter = f"Dear customer, {text} Yours, the {product} team."
-        found.append({"prompt": "letter*" + prompt(product, attributes), "completion": letter})
+        letter = f"{text} Yours, the {product} team."
+        found.append({"prompt": prompt(product, attributes), "completion": letter})
     return found

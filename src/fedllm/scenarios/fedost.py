@@ -210,6 +210,8 @@ class Owner:
     def _plug(self, request: Plug, number: int) -> Plugged:
         c = self._c
         check_manifest(request.adapter, c.model.manifest, sender="server")
+        if not any((c.data.train, c.data.held_out, c.data.common)):
+            return Plugged(losses={})
         c.model.write(request.adapter)
         losses = self._losses(c.model.model, EMULATOR, number)
         with self._full().plugged(request.adapter, c.model.model) as whole:

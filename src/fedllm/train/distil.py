@@ -130,7 +130,8 @@ def _real(batch: Mapping[str, Any], hidden: torch.Tensor) -> torch.Tensor:
     """Return which places hold text: of the input, or of a decoder's answer."""
     mask, labels = batch["attention_mask"].to(hidden.device), batch["labels"].to(hidden.device)
     if mask.dim() == 2 and mask.shape[1] == hidden.shape[1]:
-        return mask.to(torch.bool)
+        places: torch.Tensor = mask.bool()
+        return places
     # Of a decoder, whose input is the answer.
     found: torch.Tensor = labels != IGNORED
     return found
