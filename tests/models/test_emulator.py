@@ -8,20 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import bits
 
-from fedllm.errors import ConfigError, ModelError
-from fedllm.models.adapter import TunableModel
-from fedllm.models.blocks import Cut, stacks, tuned_prefixes
-from fedllm.models.deliver import load_adapter, save_adapter
-from fedllm.models.emulator import Profile, choose, crash, influence, profile, share_repeated, sliced, uniform
+from fedllm.models.blocks import Cut, stacks
+from fedllm.models.emulator import choose, sliced
 from fedllm.models.load import load_base
-from fedllm.models.package import MIDDLE, Made, read_note, write_package
-from fedllm.models.settings import ModelSettings, PeftSettings
+from fedllm.models.package import Made, write_package
+from fedllm.models.settings import ModelSettings
 from fedllm.tasks import Task
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "conformance"))
-import families  # noqa: E402
+import families
 
 CUT = Cut(1, 1)
 _SIX = {

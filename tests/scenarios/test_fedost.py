@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load, load_file
 from rounds import check_the_plan
+from safetensors.torch import load, load_file
 from tiny import TinyFederation, bits, records, save_base, write_jsonl, write_yaml
 
 from fedllm.errors import ConfigError, ModelError

@@ -33,6 +33,11 @@ class ExportPolicy(BaseModel):
         min_length=1,
         description="How many times `check_steps`, and the owner's own distillation, the thief works.",
     )
+    thief_asks_model: bool = Field(
+        True,
+        description="Whether a thief can ask the whole model for its logits on public text, as users of a service can; "
+        "else it learns from that text alone.",
+    )
     thief_learning_rate: float = Field(1e-3, gt=0, description="Peak learning rate of the thief, who tunes all layers.")
 
 

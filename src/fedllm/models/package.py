@@ -20,6 +20,7 @@ from fedllm.models.blocks import Cut, stacks
 from fedllm.models.digest import file_digest
 from fedllm.models.emulator import middle_parameters
 from fedllm.models.emulator_settings import Storage
+from fedllm.models.quiet import no_progress_bar
 from fedllm.wire.codecs import Codec, CodecSettings
 from fedllm.wire.payload import Tensors, manifest_of
 
@@ -62,7 +63,8 @@ def write_package(made: Made, folder: Path, *, storage: Storage) -> Path:
         matrices = {name: state[name] for name, p in middle_parameters(model, made.cut).items() if p.dim() > 1}
         state = {name: tensor for name, tensor in state.items() if name not in matrices}
         save_file(_codec(storage).encode(matrices, seed=0, party="", number=0), folder / MIDDLE, {"storage": storage})
-    model.save_pretrained(folder, state_dict=_unshared(state))
+    with no_progress_bar():
+        model.save_pretrained(folder, state_dict=_unshared(state))
     made.tokenizer.save_pretrained(folder)
     note = {
         "layout": 1,

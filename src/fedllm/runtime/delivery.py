@@ -13,6 +13,7 @@ from fedllm.errors import ModelError
 from fedllm.job.job import Job
 from fedllm.models.blocks import forget_cuts
 from fedllm.models.deliver import WEIGHTS, merged_in_memory, save_adapter, save_tuned
+from fedllm.models.quiet import no_progress_bar
 from fedllm.models.settings import PeftSettings
 from fedllm.runs.card import own_card
 from fedllm.wire.payload import Tensors, manifest_of
@@ -99,7 +100,8 @@ def deliver_to_owner(site: Site, run: RunFolder, party: str, tensors: Tensors) -
             if as_model:
                 model = merged_in_memory(tunable.model, job.peft)
                 forget_cuts(model.config)
-                model.save_pretrained(draft)
+                with no_progress_bar():
+                    model.save_pretrained(draft)
                 site.base.tokenizer.save_pretrained(draft)
             else:
                 save_tuned(tunable.read(), tunable, folder=draft, name=full.folder.name, task=job.task)

@@ -18,7 +18,7 @@ from fedllm.models.adapter import TunableModel
 from fedllm.models.blocks import forget_cuts
 from fedllm.models.emulator import middle_parameters
 from fedllm.models.emulator_settings import EmulatorSettings, ExportPolicy
-from fedllm.models.full import FullModel, lengths_of, plugged
+from fedllm.models.full import FullModel
 from fedllm.models.load import Base
 from fedllm.models.settings import PeftSettings
 from fedllm.scenarios.base import TokenData
@@ -194,38 +194,49 @@ def verdict(figures: Figures, policy: ExportPolicy) -> Verdict:
     )
 
 
-def measure(bench: Bench) -> Figures:
+def measure(bench: Bench, *, direct: tuple[float, float] | None = None, thieves: bool = True) -> Figures:
     """Return the losses of the five models, and of what thieves make of the package.
 
     Args:
         bench: What to measure with.
+        direct: Full-ZS and FT where they are known: they do not depend on the package.
+        thieves: Whether thieves are let at it.
 
     Raises:
         ConfigError: `MISSING_KEY`, the owner's probe set holds nothing out.
     """
     if not bench.probe.held_out:
         what, fix = "the probe set holds no examples out to measure on", "set `data.eval` or `data.eval_share`"
-        raise ConfigError("MISSING_KEY", what, where=f"party {bench.job.federation.owner}", fix=fix)  # type: ignore[attr-defined]
+        raise ConfigError("MISSING_KEY", what, where="the owner's party file, data", fix=fix)
     job, steps = bench.job, bench.settings.policy.check_steps
-    bench.say("measuring both models as they are")
-    whole = bench.full.load()
-    full_zs, emu_zs = bench.loss(whole.model), bench.loss(bench.package.model)
     bench.say(f"tuning the package, {steps} steps")
+    emu_zs = bench.loss(bench.package.model)
     tuned = TunableModel(bench.fresh(), job.peft, job.task.name)
     tuned.write(tuned.initial(job.seed))
     bench.tune(tuned, steps=steps, settings=job.train, label="probe")
-    ot_emu, adapter = bench.loss(tuned.model), tuned.read()
+    ot_emu = bench.loss(tuned.model)
+    with bench.full.plugged(tuned.read(), bench.package.model) as whole:
+        plug = bench.loss(whole.model)
+    full_zs, ft = direct or tuned_directly(bench)
+    budgets = bench.settings.policy.thief_budgets if thieves else []
+    found = {name: loss for times in budgets for name, loss in _thieves(bench, times)}
+    return Figures(full_zs, emu_zs, ot_emu, plug, ft, found)
+
+
+def tuned_directly(bench: Bench) -> tuple[float, float]:
+    """Return the losses of the whole model as it is (Full-ZS), and with its own outer layers tuned on itself (FT).
+
+    Args:
+        bench: What to measure with.
+    """
+    job, steps = bench.job, bench.settings.policy.check_steps
     bench.say(f"tuning the whole model, {steps} steps")
-    direct = TunableModel(whole.model, job.peft, job.task.name)
-    lengths, to = lengths_of(bench.package.model), lengths_of(direct.model)
-    direct.write(plugged(adapter, lengths, to, bench.full.cut))
-    plug = bench.loss(direct.model)
-    direct.write(direct.initial(job.seed))
-    bench.tune(direct, steps=steps, settings=job.train, label="probe")
-    ft = bench.loss(direct.model)
-    del direct, whole
-    thieves = {name: loss for times in bench.settings.policy.thief_budgets for name, loss in _thieves(bench, times)}
-    return Figures(full_zs, emu_zs, ot_emu, plug, ft, thieves)
+    base = bench.full.load()
+    full_zs = bench.loss(base.model)
+    tunable = TunableModel(base.model, job.peft, job.task.name)
+    tunable.write(tunable.initial(job.seed))
+    bench.tune(tunable, steps=steps, settings=job.train, label="probe")
+    return full_zs, bench.loss(tunable.model)
 
 
 def _thieves(bench: Bench, times: int) -> list[tuple[str, float]]:
@@ -251,8 +262,8 @@ def thief_tunes(bench: Bench, times: int) -> float:
 def thief_restores(bench: Bench, times: int) -> float:
     """Return the lowest loss of a thief who goes on distilling the middle, and then tunes the adapter layers.
 
-    The thief has public text, and asks the whole model for its logits, as whoever may use it as a service can. So it
-    is no weaker than a client, who has no whole model to ask.
+    The thief has public text, and asks the whole model for its logits, as whoever may use it as a service can; unless
+    the policy says that there is nobody to ask.
 
     Args:
         bench: What to measure with.
@@ -261,7 +272,8 @@ def thief_restores(bench: Bench, times: int) -> float:
     settings, job = bench.settings, bench.job
     steps = times * (settings.distil_steps or settings.policy.check_steps)
     bench.say(f"a thief restores the middle, {steps} steps")
-    model, teacher = bench.fresh(), bench.full.load().model
+    model = bench.fresh()
+    teacher = bench.full.load().model if settings.policy.thief_asks_model else None
     how = Distillation(
         steps, settings.distil_learning_rate, settings.distil_batch_size, 0.0, 1.0, bench.full.cut, job.seed + 1
     )

@@ -218,7 +218,7 @@ def _most_up(job: Job, facts: Facts, ledger: ByteLedger, counts: list[dict[tuple
     """Return the most that each party may send.
 
     Any party may be drawn in every round, and then sends what the largest sender of the rehearsal did, but for what
-    the two send that differs by the settings.
+    the two send that differs by the settings. Who does not train is like nobody else.
     """
 
     @cache
@@ -231,7 +231,7 @@ def _most_up(job: Job, facts: Facts, ledger: ByteLedger, counts: list[dict[tuple
             num_bytes - size(sender, number) + size(party, number)
             for number, found in enumerate(counts, start=1)
             for (sender, way), num_bytes in found.items()
-            if way == "up"
+            if way == "up" and (sender == party or {sender, party} <= set(job.trainers))
         )
 
     starts = {party: ledger.of_round(0).get((party, "up"), 0) for party in job.parties}

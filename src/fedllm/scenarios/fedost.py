@@ -257,8 +257,7 @@ def alone(settings: ScenarioSettings) -> Settings:
         settings: The federation's.
     """
     plain = alone_in_averaging(settings).model_dump()
-    own = {"plug_every": 0, "deliver_to_clients": "adapter", "owner": getattr(settings, "owner", "")}
-    return Settings.model_validate(plain | own)
+    return Settings.model_validate(plain | {"plug_every": 0, "deliver_to_clients": "adapter"})
 
 
 def answer(settings: Settings, adapter: Manifest, number: int, party: str) -> Manifest:

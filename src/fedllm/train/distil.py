@@ -20,7 +20,7 @@ from torch import nn
 from fedllm.data.batches import BatchOrder, collate
 from fedllm.data.tokens import TokenisedExample
 from fedllm.models.blocks import Cut, stacks
-from fedllm.models.loss import IGNORED, target_logits
+from fedllm.models.loss import IGNORED, target_logits, target_losses
 
 _GRAD_NORM = 1.0
 
@@ -50,7 +50,7 @@ class Distillation:
 
 def distil(
     student: nn.Module,
-    teacher: nn.Module,
+    teacher: nn.Module | None,
     examples: Sequence[TokenisedExample],
     *,
     how: Distillation,
@@ -61,7 +61,7 @@ def distil(
 
     Args:
         student: The emulator.
-        teacher: The owner's model.
+        teacher: The owner's model; None: nobody can be asked, and the text itself is what is learnt.
         examples: Public text.
         how: How.
         tuned: Which parameters of the student.
@@ -89,7 +89,9 @@ def distil(
     return float(loss.detach())
 
 
-def _loss(student: nn.Module, teacher: nn.Module, batch: Mapping[str, Any], how: Distillation) -> torch.Tensor:
+def _loss(student: nn.Module, teacher: nn.Module | None, batch: Mapping[str, Any], how: Distillation) -> torch.Tensor:
+    if teacher is None:
+        return target_losses(student, batch)[0].mean()
     with torch.no_grad():
         theirs, logits = _seen(teacher, batch, how.cut)
     ours, own_logits = _seen(student, batch, how.cut)
