@@ -16,6 +16,7 @@ import json
 import sys
 import tempfile
 from dataclasses import replace
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ import make_offsite_base
 
 RECIPE = Path(str(files("fedllm") / "assets" / "recipes" / "offsite"))
 CACHE = Path(tempfile.gettempdir()) / "fedllm-offsite-bases"
-STEPS, DISTIL, THIEF = 80, 150, (1, 10)
+STEPS, DISTIL = 80, 150
 ROWS = [(way, keep) for way in ("uniform", "influence", "crash") for keep in (3, 2, 1)]
 JOB: dict[str, Any] = {
     "name": "letters",
@@ -62,12 +63,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=1, help="how many base models; the first is the recipe's")
     parser.add_argument("--only", choices=["table", "federated", "thief", "outer"], help="one part alone")
+    parser.add_argument("--times", type=int, nargs="+", default=[1, 10], help="the thief's budgets")
     parser.add_argument("--json", type=Path, help="write all figures into this file")
     options = parser.parse_args()
     torch.set_num_threads(1)
     print(machine(), flush=True)
     found: list[dict[str, Any]] = []
-    parts = {"table": table, "federated": federated, "thief": thief, "outer": outer}
+    parts = {"table": table, "federated": federated, "thief": partial(thief, times=options.times), "outer": outer}
     for seed in range(options.seeds):
         for name, part in parts.items():
             if options.only in (None, name):
@@ -92,7 +94,7 @@ def owner(folder: Path, seed: int, *, peft: dict[str, Any] | None = None, **sett
     make_offsite_base.write_data(folder)
     changes = {"seed": seed, "peft": peft or JOB["peft"], "runtime": {"num_threads": 1}}
     job = Job.model_validate(JOB | changes).located(folder)
-    policy = {"check_steps": STEPS, "thief_budgets": list(THIEF)}
+    policy = {"check_steps": STEPS}
     emulator = {"bottom": 2, "top": 2, "public": "data/public.jsonl", "full_model_name_or_path": str(base_of(seed))}
     return owner_of(job, parties(folder, emulator | {"policy": policy} | settings))
 
@@ -181,9 +183,11 @@ def run_local_anyway(job: Job, located: list[LocatedParty], folder: Path) -> Pat
     return folder
 
 
-def thief(folder: Path, seed: int) -> list[dict[str, Any]]:
+def thief(folder: Path, seed: int, *, times: list[int]) -> list[dict[str, Any]]:
     """Return what thieves reach with the emulator of 2 distilled layers, and what the policy says."""
     side = owner(folder, seed, middle=2, distil_steps=DISTIL)
+    policy = side.settings.policy.model_copy(update={"thief_budgets": times})
+    side = replace(side, settings=side.settings.model_copy(update={"policy": policy}))
     figures = measure(made(side, folder, "package"))
     print(f"\n| 2 of 4, uniform, distilled | {' | '.join(figures.values())} | recovered |")
     print("|---" * (len(figures.values()) + 2) + "|")

@@ -154,8 +154,8 @@ class EmulatorRefused(FedllmError):
 
     exit_code = ExitCode.EXPORT
 
-    def __init__(self, what: str, *, where: str, fix: str, report: dict[str, Any]) -> None:
-        super().__init__("EMULATOR_REFUSED", what, where=where, fix=fix)
+    def __init__(self, code: str, what: str, *, where: str, fix: str, report: dict[str, Any]) -> None:
+        super().__init__(code, what, where=where, fix=fix)
         self.report = report
 
 

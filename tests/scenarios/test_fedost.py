@@ -78,7 +78,6 @@ WHOLE = {"way": "whole", "middle": None}
 METHODS: dict[str, dict[str, Any]] = {
     "LoRA": {},
     "full": {"peft": {"peft_type": "FULL"}},
-    "norms": {"peft": {"peft_type": "LN_TUNING"}},
     "bottlenecks": {
         "peft": {"peft_type": "BOTTLENECK", "bottleneck_size": 4},
         "federation.deliver_to_owner": "adapter",
@@ -135,6 +134,13 @@ def test_secure_sums_change_no_bit(make_offsite: Make) -> None:
         found[name] = result.status, result.adapter_sha256, rows
     assert found["plain"] == found["secure"]
     assert found["plain"][0] == "SUCCESS"
+
+
+def test_noise_is_added_and_paid_for_by_those_who_train(make_offsite: Make) -> None:
+    noise = {"unit": "example", "noise_multiplier": 1.0, "accountant": "RDP"}
+    result = make_offsite(job={"privacy.differential_privacy": noise}).run()
+    spent = {row["party"] for row in result.rows() if row["name"] == "epsilon_spent"}
+    assert (result.status, spent) == ("SUCCESS", {"north", "east", "south"})
 
 
 def test_a_run_that_stops_and_goes_on_has_the_same_bits(make_offsite: Make, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -148,7 +148,8 @@ def refuse(report: Report) -> None:
     fix = "keep fewer blocks, distil less, or say in the policy that this is acceptable"
     if report.found:
         fix = "keep other blocks: these must not leave"
-    raise EmulatorRefused("; ".join(facts["reasons"]), where=str(report.package), fix=fix, report=facts)
+    what = "; ".join(facts["reasons"])
+    raise EmulatorRefused("EMULATOR_REFUSED", what, where=str(report.package), fix=fix, report=facts)
 
 
 @dataclass(frozen=True)
