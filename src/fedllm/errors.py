@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from enum import IntEnum
+from typing import Any
 
 
 class ExitCode(IntEnum):
@@ -19,6 +20,7 @@ class ExitCode(IntEnum):
     BUDGET = 6
     RESOURCES = 7
     STATE_LOST = 8
+    EXPORT = 9
     INTERRUPTED = 130
     TERMINATED = 143
 
@@ -80,6 +82,7 @@ CODES: dict[str, str] = {
     "REPLAYED": "A message that came before, or an older one than that; nothing is done on its word.",
     "STALE_ROUND": "An answer came after the round it belongs to was closed; it is not used.",
     "PARTY_FAILED": "A party stopped with an error of its own; the text stays there.",
+    "EMULATOR_REFUSED": "An emulator's package breaks its owner's export policy; it is not written.",
     "RUN_EXISTS": "The run folder is in use, or holds another job.",
     "RUN_NOT_FOUND": "The folder is not a run.",
     "RUN_STOPPED": "The run was stopped for good.",
@@ -148,6 +151,16 @@ class PolicyError(FedllmError):
     """A site's own limits forbid what the job asks."""
 
     exit_code = ExitCode.REFUSED
+
+
+class EmulatorRefused(FedllmError):
+    """An emulator's package may not leave its owner. `report` has the figures, as plain values."""
+
+    exit_code = ExitCode.EXPORT
+
+    def __init__(self, code: str, what: str, *, where: str, fix: str, report: dict[str, Any]) -> None:
+        super().__init__(code, what, where=where, fix=fix)
+        self.report = report
 
 
 class IdentityError(FedllmError):

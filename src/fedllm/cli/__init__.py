@@ -20,6 +20,7 @@ from fedllm.cli import (
     data,
     demo,
     doctor,
+    emulator,
     evaluate,
     export,
     init,
@@ -65,6 +66,7 @@ app.command("export")(export.export)
 app.command("verify")(verify.verify)
 app.command("config")(config.config)
 app.command("schema")(schema.schema)
+app.add_typer(emulator.app, name="emulator")
 app.command("request")(request.request)
 app.command("provision")(provision.provision)
 app.command("install")(install.install)

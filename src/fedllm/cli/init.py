@@ -11,7 +11,13 @@ from fedllm.cli.output import print_json
 from fedllm.cli.run import AsJson
 
 Recipe = Annotated[
-    str, typer.Option("--recipe", metavar="NAME", help="What the job is about: fedavg (one adapter, tuned together).")
+    str,
+    typer.Option(
+        "--recipe",
+        metavar="NAME",
+        help="What the job is about: fedavg (one adapter, tuned together), ownership (the same, and whose it is can be "
+        "shown), offsite (the owner keeps its model).",
+    ),
 ]
 
 
@@ -22,11 +28,12 @@ def init(
     as_json: AsJson = False,
 ) -> None:
     """Write a commented job, a file per party, sample data and a small base model that run as they are."""
-    from fedllm.runtime.scaffold import write_job_folder
+    from fedllm.runtime.scaffold import FIRST, write_job_folder
 
     job = write_job_folder(folder, recipe)
     if as_json:
         print_json({"job": str(job)})
         return
     typer.echo(f"job      {job}\nparties  {folder / 'parties'}\ndata     {folder / 'data'}")
-    typer.echo(f"next     fedllm validate {job} && fedllm run {job}")
+    first = FIRST.get(recipe, "fedllm validate {job}").format(job=job)
+    typer.echo(f"next     {first} && fedllm run {job}")

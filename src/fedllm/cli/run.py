@@ -22,6 +22,8 @@ Workers = Annotated[int, typer.Option("--workers", min=0, help="Worker processes
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 # Where each party has its own; only those of this machine.
 OWN_ADAPTERS = "parties/*/adapter"
+# Offsite tuning: at the owner.
+OWNERS_MODELS = "parties/*/model"
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
 
 
@@ -74,6 +76,8 @@ def adapter_text(result: RunResult) -> str:
     """
     if result.adapter_sha256 or not result.is_finished:
         return str(result.adapter)
+    if owners := next(iter(result.path.glob(OWNERS_MODELS)), None):
+        return f"{owners}  (the owner's tuned model; the other parties get no file)"
     if any(result.path.glob(OWN_ADAPTERS)):
         return f"{result.path / 'parties' / 'NAME' / 'adapter'}  (each party has its own)"
     return "each party has its own, at its site: parties/NAME/adapter of the run there"

@@ -266,7 +266,7 @@ def _inputs(task: AdvertTask, product: str) -> list[Attributes]:
     count = task.test_per_product + task.train_per_product
     found: dict[str, Attributes] = {}
     while len(found) < count:
-        attributes = _random_attributes(rng)
+        attributes = random_attributes(rng)
         found.setdefault(prompt(product, attributes), attributes)
     return list(found.values())
 
@@ -280,7 +280,12 @@ def _train_records(task: AdvertTask, product: str, count: int) -> list[Record]:
     ]
 
 
-def _random_attributes(rng: np.random.Generator) -> Attributes:
+def random_attributes(rng: np.random.Generator) -> Attributes:
+    """Return three or four attributes with a value each.
+
+    Args:
+        rng: Draws them.
+    """
     count = 3 + int(rng.integers(2))
     keys = sorted(rng.permutation(len(VALUES))[:count].tolist())
     names = list(VALUES)
@@ -292,13 +297,13 @@ def _drawn(rng: np.random.Generator, options: Sequence[str]) -> str:
 
 
 def _random_advert(rng: np.random.Generator) -> Record:
-    product, attributes = _drawn(rng, OTHER_PRODUCTS), _random_attributes(rng)
+    product, attributes = _drawn(rng, OTHER_PRODUCTS), random_attributes(rng)
     picks = [_random_picks(rng) for _ in range(len(attributes) + 2)]
     return {"prompt": prompt(product, attributes), "completion": _written(product, attributes, picks)}
 
 
 def _short_copy(rng: np.random.Generator) -> Record:
-    product, attributes = _drawn(rng, PRODUCTS + OTHER_PRODUCTS), _random_attributes(rng)
+    product, attributes = _drawn(rng, PRODUCTS + OTHER_PRODUCTS), random_attributes(rng)
     opening, closing = (_drawn(rng, options).format(product=product) for options in (OPENINGS, CLOSINGS))
     values = ", ".join(attributes.values())
     return {

@@ -50,12 +50,13 @@ def _two_parties(job: Job) -> Iterator[ConfigError]:
 
 def _quorum(job: Job) -> Iterator[ConfigError]:
     least = job.federation.min_parties
-    if least > len(job.parties):
+    if least > len(job.trainers):
+        trains = "" if len(job.trainers) == len(job.parties) else " that train"
         yield _clash(
             job,
             "federation.min_parties",
-            f"min_parties is {least}, but the job names {len(job.parties)} parties",
-            f"set `min_parties` to {len(job.parties)} or less",
+            f"min_parties is {least}, but the job names {len(job.trainers)} parties{trains}",
+            f"set `min_parties` to {len(job.trainers)} or less",
         )
 
 

@@ -148,6 +148,11 @@ class Job(BaseModel):
         """Return the scenario's line in the table of scenarios."""
         return SCENARIOS[self.scenario]
 
+    @property
+    def trainers(self) -> tuple[str, ...]:
+        """The parties that train, in the job's order: all, but for the owner of a model that others tune."""
+        return self.table_line().trainers(self.federation, self.parties)
+
     def path(self, name: str) -> Path:
         """Return a path of the job, made absolute.
 

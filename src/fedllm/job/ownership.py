@@ -54,6 +54,10 @@ def ownership_clashes(job: Job) -> Iterator[tuple[str, str, str]]:
     for name in job.ownership.claimants:
         if name not in job.parties:
             yield "ownership.claimants", f"{name!r} is no party of the job", "name parties of the job"
+    if job.ownership.claimants and job.scenario == "FedOST":
+        what = "the model that leaves is the owner's whole one, not the emulator in which the parties would hide marks"
+        fix = "leave `ownership` out; the owner can mark its model by `fedllm ownership fingerprint` before it builds"
+        yield "ownership.claimants", what, fix
     if job.ownership.carrier == "product":
         yield from _of_the_product(job)
     if job.ownership.carrier != "none" or job.ownership.num_triggers:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import BaseModel, ConfigDict, Field
 
 from fedllm.data.settings import DataSource
+from fedllm.models.emulator_settings import EmulatorSettings
 from fedllm.ownership.settings import PartyOwnership
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9_-]{0,31}$"
@@ -51,6 +52,9 @@ class Party(BaseModel):
     data: DataSource = Field(description="Where this party's examples are. They are never sent.")
     model_name_or_path: str | None = Field(
         None, description="This site's own copy of the job's base model; its digest must agree."
+    )
+    emulator: EmulatorSettings | None = Field(
+        None, description="Offsite tuning, the model's owner only: the whole model, and how its emulator is made."
     )
     device: str = Field("cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="cpu, cuda or cuda:N.")
     ownership: PartyOwnership = Field(PartyOwnership(), description="Where this site's key and claims of a model are.")

@@ -149,7 +149,7 @@ def _rounds(job: Job, limits: Limits) -> Rule:
 def _parties(job: Job, limits: Limits) -> Iterator[Rule]:
     least, shown = limits.min_parties, f"{limits.min_parties} or more"
     asked = f"{len(job.parties)} parties"
-    yield Rule("min_parties", asked, shown, len(job.parties) >= least, f"add parties, {_ASK_SITE}")
+    yield Rule("min_parties", asked, shown, len(job.trainers) >= least, f"add parties, {_ASK_SITE}")
     quorum = job.federation.min_parties
     fix = f"raise `federation.min_parties` to {least}, {_ASK_SITE}"
     yield Rule("min_parties", f"rounds with {quorum} parties", shown, quorum >= least, fix)

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-_BLOCK = re.compile(r"(Layer|Block)$")
+from fedllm.models.blocks import in_tuned, stacks, tuned_prefixes
+
 _ATTENTION = re.compile(r"attention|attn", re.IGNORECASE)
 
 
@@ -34,14 +35,17 @@ class Bottleneck(nn.Module):
 
 
 def add_bottlenecks(model: nn.Module, *, size: int, placement: str) -> int:
-    """Put an adapter after each block of a model, and return how many blocks there are.
+    """Put an adapter after each block of a model that may be tuned, and return how many these are.
 
     Args:
         model: A transformer of any family.
         size: Width of the adapter's middle.
         placement: `pfeiffer`: after the block; `houlsby`: also after the attention within it.
     """
-    blocks, width = _blocks(model), int(model.config.get_text_config().hidden_size)  # type: ignore[union-attr, operator]
+    prefixes = tuned_prefixes(model)
+    places = {f"{path}.{i}.": block for path, found in stacks(model).items() for i, block in enumerate(found)}
+    blocks = [block for place, block in places.items() if in_tuned(place, prefixes)]
+    width = int(model.config.get_text_config().hidden_size)  # type: ignore[union-attr, operator]
     for block in blocks:
         _adapt(block, width, size)
         attention = next((part for part in block.modules() if _is_attention(part, block)), None)
@@ -57,17 +61,6 @@ def bottlenecks(model: nn.Module) -> list[Bottleneck]:
         model: Any model.
     """
     return [module for module in model.modules() if isinstance(module, Bottleneck)]
-
-
-def _blocks(model: nn.Module) -> list[nn.Module]:
-    found: list[nn.Module] = []
-    for module in model.modules():
-        if not isinstance(module, nn.ModuleList) or not len(module) or not _BLOCK.search(type(module[0]).__name__):
-            continue
-        # T5 keeps the parts of a block in a list of the same kind.
-        if not any(module is part for block in found for part in block.modules()):
-            found += list(module)
-    return found
 
 
 def _is_attention(part: nn.Module, block: nn.Module) -> bool:

@@ -11,6 +11,7 @@ import torch
 
 from fedllm.errors import ConfigError, ModelError
 from fedllm.models.adapter import TunableModel, skeleton
+from fedllm.models.blocks import CUT_KEY
 from fedllm.models.methods import quiet_peft
 from fedllm.models.settings import MERGING_TYPES, OWN_TYPES, PROMPT_TYPES, PeftSettings
 from fedllm.tasks import LANGUAGE, Task
@@ -41,9 +42,25 @@ def save_adapter(
         name: What the adapter's config calls the base model.
         task: What the model is tuned to do.
     """
+    save_tuned(tensors, skeleton(base, peft, task), folder=folder, name=name, task=task)
+
+
+def save_tuned(
+    tensors: Mapping[str, torch.Tensor], tunable: TunableModel, *, folder: Path, name: str, task: Task = LANGUAGE
+) -> None:
+    """Write an adapter as `save_adapter` does, for a model that is there already, or its skeleton.
+
+    Args:
+        tensors: What was tuned, by parameter name.
+        tunable: The model that they are for.
+        folder: Where they go.
+        name: What the adapter's config calls the base model.
+        task: What the model is tuned to do.
+    """
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
+    peft = tunable.peft
     if peft.peft_type in OWN_TYPES:
         state = dict(tensors)
         config: dict[str, Any] = {
@@ -51,9 +68,10 @@ def save_adapter(
             "task": task.name,
             **peft.model_dump(mode="json", exclude_none=True),
         }
+        if cuts := getattr(tunable.model.config, CUT_KEY, None):
+            config[CUT_KEY] = cuts
         (folder / CONFIG).write_text(json.dumps(config | {"base_model_name_or_path": name}), encoding="utf-8")
     else:
-        tunable = skeleton(base, peft, task)
         with quiet_peft():
             state = _peft_state(tunable, tensors)
         found = tunable.model.peft_config["default"]
@@ -112,6 +130,8 @@ def load_adapter(base_model: Any, folder: str | Path) -> Any:
     if found.get("library") != "fedllm":
         with quiet_peft():
             return PeftModel.from_pretrained(base_model, str(folder)).requires_grad_(False).eval()
+    if CUT_KEY in found:
+        setattr(base_model.config, CUT_KEY, found[CUT_KEY])
     peft = PeftSettings.model_validate({key: value for key, value in found.items() if key in PeftSettings.model_fields})
     tunable = TunableModel(base_model.requires_grad_(False), peft, found["task"])
     tensors = load_file(Path(folder) / WEIGHTS)
@@ -160,6 +180,16 @@ def merged(base_model: Any, folder: str | Path) -> Any:
         )
     model = load_adapter(base_model, folder)
     return model if found.get("library") == "fedllm" else _unwrapped(model).merge_and_unload()
+
+
+def merged_in_memory(model: Any, peft: PeftSettings) -> Any:
+    """Return a plain model with what was tuned on it written into its weights.
+
+    Args:
+        model: Of a `TunableModel`; it cannot be used otherwise afterwards.
+        peft: The tuning method, one of `MERGING_TYPES`.
+    """
+    return model if peft.peft_type in OWN_TYPES else _unwrapped(model).merge_and_unload()
 
 
 def _unwrapped(model: Any) -> Any:

@@ -13,6 +13,8 @@ from safetensors import SafetensorError
 
 from fedllm.errors import ModelError, ResourceError
 from fedllm.models.digest import base_digest, tokenizer_digest
+from fedllm.models.package import fill_middle
+from fedllm.models.quiet import no_progress_bar
 from fedllm.models.settings import ModelSettings
 from fedllm.seeds import global_generators_kept, stream
 from fedllm.tasks import AUTO_CLASSES, CLASSIFICATION, LANGUAGE, Task
@@ -275,6 +277,7 @@ def load_base(
             # A decoder finds the last token of a text by what follows it.
             model.config.pad_token_id = tokenizer.pad_token_id
         missing -= _draw_head(model, missing)
+    missing -= fill_middle(model, folder, missing)
     if missing:
         # transformers would fill them at random, differently at each party.
         raise ModelError(
@@ -297,12 +300,9 @@ def load_base(
 def _from_pretrained(settings: ModelSettings, folder: Path, device: str, task: Task) -> tuple[Any, set[str]]:
     """Return the model, and the names of the weights that the folder lacks."""
     import transformers
-    from transformers.utils import logging as hf_logging
 
-    bars = hf_logging.is_progress_bar_enabled()
-    hf_logging.disable_progress_bar()
     try:
-        with global_generators_kept():
+        with no_progress_bar(), global_generators_kept():
             model, loaded = getattr(transformers, AUTO_CLASSES[task.name]).from_pretrained(
                 folder,
                 config=model_config(folder, task),
@@ -321,9 +321,6 @@ def _from_pretrained(settings: ModelSettings, folder: Path, device: str, task: T
             where="model.model_name_or_path",
             fix=f"check the folder with {AUTO_CLASSES[task.name]}.from_pretrained",
         ) from None
-    finally:
-        if bars:
-            hf_logging.enable_progress_bar()
     return model, set(loaded["missing_keys"])
 
 

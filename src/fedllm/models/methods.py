@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 
 from fedllm.errors import ModelError
+from fedllm.models.blocks import cuts_of, in_tuned, inside, tuned_prefixes
 from fedllm.models.bottleneck import add_bottlenecks, bottlenecks
 from fedllm.models.settings import OWN_TYPES, PROMPT_TYPES, PeftSettings
 from fedllm.seeds import global_generators_kept
@@ -70,6 +72,13 @@ def refusal(peft: PeftSettings, base_model: Any, task: TaskName) -> str | None:
         task: What the model is tuned to do.
     """
     family, method = base_model.config.model_type, peft.peft_type
+    if cuts_of(base_model.config):
+        if method in PROMPT_TYPES:
+            return f"{method} works on the whole model, and of an emulator's package only the outer layers may be tuned"
+        if peft.modules_to_save:
+            return (
+                "`modules_to_save` are whole modules, and of an emulator's package only the outer layers may be tuned"
+            )
     if method in ("PROMPT_TUNING", "P_TUNING"):
         if task == CLASSIFICATION and "score" in _head(base_model):
             return f"{family} finds the last word of a text by its tokens, which virtual tokens before them hide"
@@ -167,8 +176,38 @@ def _config(base_model: Any, peft: PeftSettings, task: TaskName) -> Any:
         settings["modules_to_save"] = sorted({*head, *(peft.modules_to_save or [])})
     if peft.target_modules == "all-linear" and (task == CLASSIFICATION or _has_fused_experts(base_model)):
         settings["target_modules"] = _linear(base_model, _head(base_model) if task == CLASSIFICATION else [])
+    if prefixes := tuned_prefixes(base_model):
+        settings |= _within(base_model, peft, settings, prefixes)
     given = {key: value for key, value in settings.items() if value is not None}
     return classes[peft.peft_type](task_type=_TASK_TYPES[task], **given)
+
+
+def _within(base_model: Any, peft: PeftSettings, settings: dict[str, Any], prefixes: tuple[str, ...]) -> dict[str, Any]:
+    """Return the settings that name modules, with full names of those in the layers that may be tuned.
+
+    PEFT's own `layers_to_transform` does not go with `all-linear`, and knows one stack of blocks only.
+    """
+    from peft.utils import TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING as FEEDFORWARD
+    from peft.utils import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING as TARGETS
+
+    wanted, forward = settings["target_modules"], settings.get("feedforward_modules")
+    if peft.peft_type == "IA3" and wanted is None:
+        family = base_model.config.model_type
+        wanted, forward = TARGETS.get(family), FEEDFORWARD.get(family)
+    names = [name for name, _ in base_model.named_modules()]
+    if wanted == "all-linear":
+        wanted = _linear(base_model, [])
+    found = {"target_modules": inside(_fitting(names, wanted or []), prefixes)}
+    if not found["target_modules"]:
+        raise ValueError("no module of this name is in the layers that may be tuned")
+    return found | ({"feedforward_modules": inside(_fitting(names, forward), prefixes)} if forward else {})
+
+
+def _fitting(names: list[str], wanted: str | list[str]) -> list[str]:
+    """Return the modules that PEFT would take for a regular expression, or for ends of names."""
+    if isinstance(wanted, str):
+        return [name for name in names if re.fullmatch(wanted, name)]
+    return [name for name in names if any(name == end or name.endswith(f".{end}") for end in wanted)]
 
 
 def _head(base_model: Any) -> list[str]:
@@ -213,7 +252,8 @@ def _bottleneck(base_model: Any, peft: PeftSettings) -> Any:
 
 def _bitfit(base_model: Any, peft: PeftSettings) -> Any:
     """Train the biases alone. Source: Ben Zaken et al. 2022, arXiv:2106.10199, section 3."""
-    biases = [parameter for name, parameter in base_model.named_parameters() if name.endswith("bias")]
+    tuned = _tuned_parameters(base_model)
+    biases = [parameter for name, parameter in tuned if name.endswith("bias")]
     if not biases:
         raise _nothing(f"{type(base_model).__name__} has no biases to train")
     for parameter in biases:
@@ -224,8 +264,14 @@ def _bitfit(base_model: Any, peft: PeftSettings) -> Any:
 def _full(base_model: Any, peft: PeftSettings) -> Any:
     if any(not parameter.is_floating_point() for parameter in base_model.parameters()):
         raise _nothing("quantised weights cannot be trained")
-    base_model.requires_grad_(True)
+    for _, parameter in _tuned_parameters(base_model):
+        parameter.requires_grad_(True)
     return base_model
+
+
+def _tuned_parameters(base_model: Any) -> list[tuple[str, torch.nn.Parameter]]:
+    prefixes = tuned_prefixes(base_model)
+    return [(name, parameter) for name, parameter in base_model.named_parameters() if in_tuned(name, prefixes)]
 
 
 _OWN: dict[str, Callable[[Any, PeftSettings], Any]] = {"BOTTLENECK": _bottleneck, "BITFIT": _bitfit, "FULL": _full}

@@ -75,7 +75,8 @@ def render_report(record: RunRecord) -> str:
     Args:
         record: What the run folder says.
     """
-    return _environment().get_template("report.html.j2").render(_context(record))
+    text: str = _environment().get_template("report.html.j2").render(_context(record))
+    return text
 
 
 @cache

@@ -38,7 +38,8 @@ def curves(record: RunRecord) -> list[Drawing]:
     Args:
         record: What the run folder says.
     """
-    found = [_common_loss(record), _held_out_loss(record), _train_loss(record), _drift(record), *_text_scores(record)]
+    losses = [_common_loss(record), _plugged_loss(record), _held_out_loss(record), _train_loss(record)]
+    found = [*losses, _drift(record), *_text_scores(record)]
     return [drawing for drawing in found if drawing is not None]
 
 
@@ -52,6 +53,15 @@ def _common_loss(record: RunRecord) -> Drawing | None:
         delivered=record.result.get("best_round"),
         gaps=record.metrics.lost("loss_nats", split="common"),
     )
+
+
+def _plugged_loss(record: RunRecord) -> Drawing | None:
+    """Offsite tuning: what the owner measured on its probe set."""
+    names = {"plugged": "whole model, plugged (Plug)", "emulator": "emulator (OT-Emu)"}
+    found = {words: record.metrics.values("loss_nats", split=split) for split, words in names.items()}
+    note = "On the owner's probe set. Round 0 is each model as it was: Full-ZS, Emu-ZS."
+    series = party_series({words: values for words, values in found.items() if values})
+    return line_chart(Labels("loss-plugged", "The owner's model and its emulator", "nats per target", note), series)
 
 
 def _models(record: RunRecord) -> str:

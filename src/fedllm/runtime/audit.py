@@ -105,7 +105,7 @@ def audit_job(
     path = output or Path("runs") / f"{job.name}-{job.digest[:8]}-audit"
     check_free(path)
     site = _open(job, parties, path)
-    reads = {located.party.name: party_examples(job, located) for located in parties}
+    reads = {located.party.name: party_examples(job, located) for located in _training(job, parties)}
     plan = _plan(reads, canaries=canaries, copies=copies)
     data = _planted(site, parties, plan, reads)
     run = RunFolder.create(path, job_digest=job.digest)
@@ -193,7 +193,7 @@ def _open(job: Job, parties: list[LocatedParty], path: Path) -> Site:
 
 
 def _go_on(path: Path, site: Site, parties: list[LocatedParty], plan: Mapping[str, Any], watch: Watch | None) -> None:
-    reads = {located.party.name: party_examples(site.job, located) for located in parties}
+    reads = {located.party.name: party_examples(site.job, located) for located in _training(site.job, parties)}
     data = _planted(site, parties, plan, reads)
     run = RunFolder.open(path)
     try:
@@ -209,6 +209,11 @@ def _carry_out(
     with concluding(run):
         hosts = local_hosts(site, data, run, on_step=(watch or Watch()).on_step)
         carry_out(run, site.job, parties, InProcessLink(hosts), watch=watch)
+
+
+def _training(job: Job, parties: list[LocatedParty]) -> list[LocatedParty]:
+    """Return the parties that train. Of the data of others nothing is in what a run delivers."""
+    return [located for located in parties if located.party.name in job.trainers]
 
 
 def _plan(reads: Mapping[str, PartyData], *, canaries: int, copies: int) -> dict[str, Any]:
@@ -228,8 +233,9 @@ def _planted(
     sets, data = _canary_sets(site, plan), {}
     for located in parties:
         name = located.party.name
-        tokens = party_tokens(site, located, read=reads[name])
-        data[name] = replace(tokens, train=[*tokens.train, *sets[name].planted(plan["copies"])])
+        tokens = party_tokens(site, located, read=reads.get(name))
+        planted = sets[name].planted(plan["copies"]) if name in sets else []
+        data[name] = replace(tokens, train=[*tokens.train, *planted])
     return data
 
 
@@ -244,7 +250,7 @@ def _canary_sets(site: Site, plan: Mapping[str, Any]) -> dict[str, CanarySet]:
 
 def _audit(path: Path, site: Site, parties: list[LocatedParty], plan: Mapping[str, Any] | None) -> Audit:
     attack = Attack(site, final_models(path, site))
-    rows = _membership(attack, parties, where=str(path), needed=plan is None)
+    rows = _membership(attack, _training(site.job, parties), where=str(path), needed=plan is None)
     claim = claimed(site.job, path)
     found = attack.canaries(_canary_sets(site, plan), plan["copies"], claim) if plan else None
     passes = None

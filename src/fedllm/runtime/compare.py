@@ -67,12 +67,12 @@ def compare(
     result = bench.train(job, data, path)
     watch.on_stage("base model", 0)
     rows = [_row("base model", "base", None, judge(site, test, None))]
-    for party in data:
+    for party in job.trainers:
         tensors = bench.yardstick(alone(job, party), {party: data[party]})
         rows.append(_row(f"{party} alone", "alone", party, judge(site, test, tensors)))
     for name, owner, tensors in final_models(path, site):
         rows.append(_row(name, "federated", owner, judge(site, test, tensors)))
-    pooled_tensors = bench.yardstick(pooled(job), {"pooled": _together(data)})
+    pooled_tensors = bench.yardstick(pooled(job), {"pooled": _together({name: data[name] for name in job.trainers})})
     rows.append(_row("pooled", "pooled", None, judge(site, test, pooled_tensors)))
     return _written(rows, test, result)
 
@@ -141,7 +141,7 @@ def pooled(job: Job) -> Job:
     """
     single = alone(job, "pooled")
     steps = job.train.local_steps
-    train = single.train.model_copy(update={"local_steps": steps and steps * len(job.parties)})
+    train = single.train.model_copy(update={"local_steps": steps and steps * len(job.trainers)})
     return single.model_copy(update={"name": "pooled", "train": train}).located(job.base_dir)
 
 

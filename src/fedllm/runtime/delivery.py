@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING
 from fedllm.aggregate.folded import FOLDED, complete
 from fedllm.aggregate.slots import num_slots
 from fedllm.disk import disk_error, write_atomic
-from fedllm.errors import PayloadError
+from fedllm.errors import ModelError, PayloadError
 from fedllm.job.job import Job
-from fedllm.models.deliver import WEIGHTS, save_adapter
+from fedllm.models.blocks import forget_cuts
+from fedllm.models.deliver import WEIGHTS, merged_in_memory, save_adapter, save_tuned
+from fedllm.models.quiet import no_progress_bar
 from fedllm.models.settings import PeftSettings
 from fedllm.runs.card import copy_card, own_card
 from fedllm.wire.frame import check_finite
@@ -23,6 +25,10 @@ if TYPE_CHECKING:
 
 # A party's own copy of the adapter that all tuned, beside what else is its own.
 COPY = "copy"
+
+
+# What the owner of an emulator's whole model gets: its folder beside what else the party keeps of the run.
+OWNERS_MODEL = "model"
 
 
 def write_adapter(tensors: Tensors, folder: Path, *, job: Job, base: Path, card: str = "") -> Path:
@@ -64,8 +70,11 @@ def deliver_own(site: Site, run: RunFolder, party: str, tensors: Tensors) -> Non
         party: The party.
         tensors: Its adapter.
     """
-    folder = own_adapter(run.path, party)
     job = site.job
+    if party == getattr(job.federation, "owner", None):
+        deliver_to_owner(site, run, party, tensors)
+        return
+    folder = own_adapter(run.path, party)
     card = own_card(job.name, site.folder.name, job.task, hides=job.privacy.differential_privacy.unit)
     write_adapter(tensors, folder, job=job, base=site.folder, card=card)
 
@@ -97,6 +106,42 @@ def write_copy(site: Site, run: RunFolder, party: str, tensors: Tensors) -> None
     write_adapter(kept, run.path / "parties" / party / COPY, job=job, base=site.folder, card=card)
 
 
+def deliver_to_owner(site: Site, run: RunFolder, party: str, tensors: Tensors) -> None:
+    """Write what the owner of an emulator's whole model gets: that model with the outer layers that others tuned.
+
+    Args:
+        site: With the whole model, and the emulator.
+        run: The run folder at the owner.
+        party: The owner.
+        tensors: What was tuned on the emulator.
+
+    Raises:
+        ModelError: `MODEL_NOT_FOUND`, the whole model is not here.
+        ResourceError: `DISK_FULL`.
+    """
+    job, full = site.job, site.full
+    if full is None:
+        raise ModelError("MODEL_NOT_FOUND", "the whole model is not at this site", where=f"party {party}")
+    as_model = job.federation.model_dump()["deliver_to_owner"] == "model"
+    folder = run.path / "parties" / party / (OWNERS_MODEL if as_model else "adapter")
+    draft = folder.with_name(f"{folder.name}.tmp")
+    shutil.rmtree(draft, ignore_errors=True)
+    try:
+        with full.plugged(tensors, site.model.model) as tunable:
+            if as_model:
+                model = merged_in_memory(tunable.model, job.peft)
+                forget_cuts(model.config)
+                with no_progress_bar():
+                    model.save_pretrained(draft)
+                site.base.tokenizer.save_pretrained(draft)
+            else:
+                save_tuned(tunable.read(), tunable, folder=draft, name=full.folder.name, task=job.task)
+        shutil.rmtree(folder, ignore_errors=True)
+        draft.replace(folder)
+    except OSError as error:
+        raise disk_error(error, folder) from None
+
+
 def own_adapter(run: Path, party: str) -> Path:
     """Return the folder of a party's own adapter.
 
@@ -114,7 +159,9 @@ def own_adapters(run: Path, job: Job) -> dict[str, Path]:
         run: The run folder.
         job: Its job.
     """
-    folders = {party: own_adapter(run, party) for party in job.parties}
+    if (run / "adapter" / WEIGHTS).is_file():
+        return {}
+    folders = {party: own_adapter(run, party) for party in job.trainers}
     return {party: folder for party, folder in folders.items() if (folder / WEIGHTS).is_file()}
 
 

@@ -145,7 +145,7 @@ def noise_at(job: Job, party: str, *, examples: int, groups: int, size: int) -> 
 
 
 def _on_sums(job: Job, party: str, size: int) -> NoiseAt:
-    asked, cohort = job.privacy.differential_privacy, job.federation.cohort_size(len(job.parties))
+    asked, cohort = job.privacy.differential_privacy, job.federation.cohort_size(len(job.trainers))
     run = run_mechanism(asked, num_units=1, expected_units=1, steps=job.federation.num_rounds, party=party)
     _, delta, accountant = asked.limits
     return NoiseAt(

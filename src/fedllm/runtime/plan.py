@@ -68,7 +68,7 @@ def make_plan(job: Job, parties: list[LocatedParty], facts: Facts) -> Plan:
     traffic = rehearse(job, facts)
     site = open_site(job, parties)
     data = {located.party.name: party_tokens(site, located) for located in parties}
-    probe = _probe(site, data)
+    probe = _probe(site, {name: data[name] for name in job.trainers})
     adapter_bytes = sum(spec.num_bytes for spec in facts.skeleton.manifest.values())
     per_party = adapter_bytes * (2 if job.train.optim == "adamw_torch" else 1)
     others = per_party * (len(parties) - 1) if job.train.optimizer_state == "keep" else 0
@@ -86,6 +86,7 @@ def make_plan(job: Job, parties: list[LocatedParty], facts: Facts) -> Plan:
         noise=tuple(
             with_earlier(found, job, site.purses[found.party], data[found.party].train)
             for party in facts.parties
+            if party.party in job.trainers
             if (found := foreseen_noise(job, party, facts.skeleton.num_trainable()))
         ),
         ownership=claims_foreseen(job, parties, facts.skeleton),
@@ -150,7 +151,8 @@ def rehearse(job: Job, facts: Facts) -> Traffic:
         facts: From `validate`, for any of its parties.
     """
     # Evaluations come every so many rounds, and some rules do in turns what they do.
-    every = math.lcm(2, max(1, getattr(job.federation, "eval_every", 1)))
+    beats = (getattr(job.federation, name, 1) for name in ("eval_every", "plug_every"))
+    every = math.lcm(2, *(max(1, beat) for beat in beats))
     rounds = min(job.federation.num_rounds, every + -(-_DRY_ROUNDS // every) * every)
     # Round 1 may differ: nobody holds yet what a change could be made to.
     usual = range(min(rounds, every) + 1, rounds + 1) if rounds > every else range(1, rounds + 1)
@@ -219,7 +221,7 @@ def _most_up(job: Job, facts: Facts, ledger: ByteLedger, counts: list[dict[tuple
     """Return the most that each party may send.
 
     Any party may be drawn in every round, and then sends what the largest sender of the rehearsal did, but for what
-    the two send that differs by the settings.
+    the two send that differs by the settings. Who does not train is like nobody else.
     """
 
     @cache
@@ -232,7 +234,7 @@ def _most_up(job: Job, facts: Facts, ledger: ByteLedger, counts: list[dict[tuple
             num_bytes - size(sender, number) + size(party, number)
             for number, found in enumerate(counts, start=1)
             for (sender, way), num_bytes in found.items()
-            if way == "up"
+            if way == "up" and (sender == party or {sender, party} <= set(job.trainers))
         )
 
     starts = {party: ledger.of_round(0).get((party, "up"), 0) for party in job.parties}
@@ -252,7 +254,7 @@ def _talk(job: Job, facts: Facts, run: RunFolder) -> ByteLedger:
     base = Base(None, tokenizer, facts.digests["base"], facts.digests["tokenizer"])
     digest = facts.digests["template"]
     site = Site(job, base, facts.folder, model, Blobs({}), [], digest, digest, deliver=lambda *adapter: None)
-    data = {party: TokenData([_one_example()] * 8, [], []) for party in job.parties}
+    data = {party: TokenData([_one_example()] * 8 * (party in job.trainers), [], []) for party in job.parties}
     link = InProcessLink(local_hosts(site, data, run, trainer=_NoTraining()))
     line = job.table_line()
     federation = LinkedFederation(

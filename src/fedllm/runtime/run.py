@@ -345,7 +345,8 @@ def finish(run: RunFolder, job: Job, parties: list[LocatedParty], outcome: Outco
     status = "PARTIAL" if failed else "SUCCESS"
     reason = f"All {outcome.state.round} rounds were committed"
     reason += f"; {', '.join(failed)} missed at least one." if failed else " with every party asked."
-    reason += "" if tensors else _EACH_ITS_OWN
+    told = job.table_line().delivered(job.federation)
+    reason += f" {told}" if told else "" if tensors else _EACH_ITS_OWN
     run.event("run_finished", detail=status)
     result = RunResult(run.path, status, outcome.state.round, best, sha256)
     # Where each party has its own adapter, it is judged where that is.

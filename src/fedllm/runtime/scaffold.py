@@ -18,7 +18,12 @@ PARTIES = ("north", "east", "south")
 RECIPES: dict[str, str] = {
     "fedavg": "one LoRA adapter, tuned together by federated averaging",
     "ownership": "the same, with secret marks by which each party can show that the model is theirs",
+    "offsite": "the outer layers of an emulator, whose owner keeps the whole model",
 }
+# Recipe -> what comes before the run, with the job's path.
+FIRST: dict[str, str] = {"ownership": "fedllm ownership commit {job}", "offsite": "fedllm emulator build {job}"}
+# Recipes that bring a base model and data of their own.
+_WITH_BASE = ("offsite",)
 _TEMPLATES = ("job.yaml", "party.yaml")
 
 
@@ -46,9 +51,10 @@ def write_job_folder(folder: Path, recipe: str = "fedavg") -> Path:
 
 def _copy(assets: Path, folder: Path, recipe: str) -> None:
     own = assets / "recipes" / recipe
-    shutil.copytree(assets / "demo" / "base", folder / "base")
-    shutil.copytree(assets / "demo" / "data", folder / "data")
-    (folder / "parties").mkdir()
+    (folder / "parties").mkdir(parents=True)
+    if recipe not in _WITH_BASE:
+        shutil.copytree(assets / "demo" / "base", folder / "base")
+        shutil.copytree(assets / "demo" / "data", folder / "data")
     shutil.copyfile(own / "job.yaml", folder / "job.yaml")
     template = (own / "party.yaml").read_text(encoding="utf-8")
     for name in PARTIES:

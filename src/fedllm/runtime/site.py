@@ -21,6 +21,9 @@ from fedllm.errors import ConfigError, DataError
 from fedllm.job.job import Job, LocatedParty
 from fedllm.job.ownership import claim_folder
 from fedllm.models.adapter import TunableModel
+from fedllm.models.blocks import Cut
+from fedllm.models.emulator_settings import EmulatorSettings
+from fedllm.models.full import FullModel
 from fedllm.models.load import Base, find_base, load_base
 from fedllm.ownership.commitments import ClaimFolder
 from fedllm.privacy.budget import PURSE_FOLDER, Budget, Purse
@@ -48,6 +51,7 @@ class Site:
 
     `purses` says where each party keeps what has been spent of its privacy; by default it is beside the run folder.
     `claims` is where each claimant of the model has its claim.
+    `full` is the whole model of an emulator, where its owner runs here.
     """
 
     job: Job
@@ -61,6 +65,7 @@ class Site:
     deliver: Callable[[Site, RunFolder, str, Tensors], None] = deliver_own
     purses: Mapping[str, Purse] = field(default_factory=dict)
     claims: Mapping[str, ClaimFolder] = field(default_factory=dict)
+    full: FullModel | None = None
 
 
 def base_folder(job: Job, parties: list[LocatedParty]) -> tuple[Path, str]:
@@ -121,7 +126,44 @@ def open_site(job: Job, parties: list[LocatedParty], *, base: Base | None = None
             for located in parties
         },
         claims={located.party.name: claim_folder(located) for located in parties},
+        full=owners_model(job, parties),
     )
+
+
+def owners_model(job: Job, parties: list[LocatedParty]) -> FullModel | None:
+    """Return where the whole model of an emulator is; None where the job has none, or its owner runs elsewhere.
+
+    Args:
+        job: The job.
+        parties: The parties that run here.
+
+    Raises:
+        ConfigError: `BAD_COMBINATION`, the owner's party file does not say where the whole model is.
+    """
+    owner = getattr(job.federation, "owner", None)
+    for located in parties:
+        if located.party.name != owner:
+            continue
+        if located.party.emulator is None:
+            what = f"party {owner} is the owner, and its party file does not say where the whole model is"
+            fix = "write the section `emulator` with `full_model_name_or_path` into the owner's party.yaml"
+            raise ConfigError("BAD_COMBINATION", what, where=f"party {owner}", fix=fix)
+        return full_model(job, located, located.party.emulator)
+    return None
+
+
+def full_model(job: Job, located: LocatedParty, settings: EmulatorSettings) -> FullModel:
+    """Return where the owner's whole model is.
+
+    Args:
+        job: The job.
+        located: The owner's party file.
+        settings: Its `emulator` section.
+    """
+    model = job.model.model_copy(update={"model_name_or_path": settings.full_model_name_or_path})
+    folder = find_base(model, base_dir=located.base_dir)
+    cut = Cut(settings.bottom, settings.top)
+    return FullModel(folder, cut, job.model, job.peft, job.task, located.party.device)
 
 
 def data_settings(job: Job) -> DataSettings:
@@ -302,7 +344,7 @@ def open_host(
     def open_client(log: Log) -> ClientHalf:
         context = ClientContext(
             party=name,
-            parties=tuple(job.parties),
+            parties=job.trainers,
             seed=job.seed,
             settings=job.federation,
             model=site.model,
@@ -318,6 +360,7 @@ def open_host(
             deliver=partial(site.deliver, site, run, name),
             budget=budget,
             pull=pull,
+            full=site.full if name == getattr(job.federation, "owner", None) else None,
         )
         return line.client(context)
 

@@ -29,7 +29,7 @@ def terms_of(job: Job) -> SumTerms | None:
     Args:
         job: The job.
     """
-    settings, parties = job.privacy.secure_aggregation, tuple(job.parties)
+    settings, parties = job.privacy.secure_aggregation, job.trainers
     if not settings.enabled:
         return None
     threshold, cohort = settings.threshold, job.federation.cohort_size(len(parties))
@@ -50,7 +50,7 @@ def sums_of(job: Job, run: RunFolder, party: str, signatures: SignaturesOf) -> P
         signatures: Party -> how it signs and verifies.
     """
     terms = terms_of(job)
-    if terms is None:
+    if terms is None or party not in terms.parties:
         return None
     book = run.path / "parties" / party / "sums.json"
     return PartySums(party, run.job_digest, run.run_id, terms, signatures(party), book)

@@ -14,6 +14,7 @@ from fedllm.data.settings import DataSettings
 from fedllm.data.tokens import TokenisedExample
 from fedllm.errors import PayloadError
 from fedllm.models.adapter import TunableModel
+from fedllm.models.full import FullModel
 from fedllm.models.settings import PeftSettings
 from fedllm.privacy.budget import Budget
 from fedllm.privacy.settings import PrivacySettings
@@ -220,8 +221,9 @@ class ClientContext:
     """What a client half may use; nothing of it leaves the party except through its replies.
 
     `parties` are all of the job; `settings` is the scenario's own; `log(round, split, values)` writes metrics that stay
-    at the party, and `deliver(tensors)` an adapter that is the party's alone. `budget` pays for rounds with noise.
-    `pull` is the party's own mark on the model: it goes among the corrections of each round of training.
+    at the party, and `deliver(tensors)` what is the party's alone. `budget` pays for rounds with noise. `pull` is the
+    party's own mark on the model: it goes among the corrections of each round of training. `full` is the whole model of
+    an emulator, at its owner.
     """
 
     party: str
@@ -241,6 +243,7 @@ class ClientContext:
     deliver: Callable[[Tensors], None] = lambda tensors: None
     budget: Budget | None = None
     pull: Correction | None = None
+    full: FullModel | None = None
 
 
 class ClientHalf(Protocol):
@@ -274,7 +277,8 @@ class Scenario:
     `answer(settings, manifest, round, party)` says what a party's answer to a round of training holds, for an adapter
     of these tensors. No round differs from the one two rounds before. `unused(settings)` names requests that a job with
     these settings does not make, and `grown(settings, manifest, round, parties)` says by how many bytes a request is
-    longer than the adapter after so many rounds.
+    longer than the adapter after so many rounds. `trainers(settings, parties)` are those that train, and
+    `delivered(settings)` says in a sentence who gets what, where that is not one adapter for all.
     """
 
     settings: type[ScenarioSettings]
@@ -288,6 +292,8 @@ class Scenario:
     who_learns_what: Callable[[Any, PrivacySettings], tuple[str, ...]]
     unused: Callable[[Any], tuple[type[Payload], ...]] = lambda settings: ()
     grown: Callable[[Any, Manifest, int, Sequence[str]], int] = lambda settings, manifest, round_, parties: 0
+    trainers: Callable[[Any, Sequence[str]], tuple[str, ...]] = lambda settings, parties: tuple(parties)
+    delivered: Callable[[Any], str] = lambda settings: ""
 
     def operations(self, settings: ScenarioSettings) -> tuple[str, ...]:
         """Return the names of the requests that a job makes.

@@ -300,7 +300,8 @@ def alone(settings: ScenarioSettings) -> Settings:
         "ranks": {},
     }
     changes = {"min_parties": 1, "fraction_train": 1.0} | plain
-    return Settings.model_validate(settings.model_dump() | changes)
+    kind = type(settings) if isinstance(settings, Settings) else Settings
+    return kind.model_validate(settings.model_dump() | changes)
 
 
 def unused(settings: Settings) -> tuple[type[Payload], ...]:

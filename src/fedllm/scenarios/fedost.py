@@ -1,0 +1,327 @@
+"""FedOST: parties tune the outer layers of an emulator together; the owner of the whole model plugs them in.
+
+Source: Fan et al. 2023, arXiv:2310.10049, section 3.1 (FedOST); Xiao et al. 2023, arXiv:2302.04870 (Offsite-Tuning),
+section 3; Kuang et al. 2024, arXiv:2309.00363 (FedOT). Differs: the adapter layers are averaged by FedHomoLLM's rounds,
+with all of its rules, codecs and sums, and the owner is a party of its own that neither trains nor aggregates.
+
+From the clients' side this is FedHomoLLM on a smaller base model, the package: its config says which layers can be
+tuned. So its halves are FedHomoLLM's, and what is here is the owner.
+
+1. FedHomoLLM's round among all parties but the owner.
+2. `Plug`, every so many rounds: the owner measures the emulator (OT-Emu) and its whole model (Plug) with the global
+   adapter, on its probe set, and on the job's common test set.
+3. After the last round, `Hand`: each side makes of the delivered adapter what the job says it gets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from pydantic import Field
+
+from fedllm.errors import ModelError, PayloadError
+from fedllm.evaluate.loss import LossSums, evaluate_examples
+from fedllm.models.full import FullModel
+from fedllm.privacy.settings import PrivacySettings
+from fedllm.scenarios.base import (
+    ClientContext,
+    ClientHalf,
+    Decode,
+    Federation,
+    Manifests,
+    Reply,
+    RoundResult,
+    Row,
+    Scenario,
+    ScenarioSettings,
+    State,
+    Summand,
+    Total,
+    as_it_is,
+)
+from fedllm.scenarios.fedhomollm import Server as AveragingServer
+from fedllm.scenarios.fedhomollm import alone as alone_in_averaging
+from fedllm.scenarios.fedhomollm_answer import answer as answer_in_averaging
+from fedllm.scenarios.fedhomollm_client import Client as AveragingClient
+from fedllm.scenarios.fedhomollm_messages import Evaluate, Initial, SendInitial, Train, select
+from fedllm.scenarios.fedhomollm_rows import rows_of
+from fedllm.scenarios.fedhomollm_trust import who_learns_what as who_learns_what_in_averaging
+from fedllm.scenarios.fedost_settings import Settings, clashes, trainers
+from fedllm.wire.frame import check_manifest
+from fedllm.wire.payload import Manifest, Payload, TensorMap, Tensors
+
+# Where the owner measured, as the split of a metric: the emulator, and the whole model.
+EMULATOR, PLUGGED = "emulator", "plugged"
+
+
+class Plug(Payload):
+    """Server -> owner: measure the emulator, and the whole model, with this adapter."""
+
+    adapter: TensorMap
+
+
+class Plugged(Payload):
+    """Owner -> server: losses in nats per target on its probe set, and on the common test set if there is one."""
+
+    losses: dict[str, float] = Field(max_length=4)
+
+
+class Hand(Payload):
+    """Server -> a party, at the end: what was tuned, as of this round. It makes of it what the job says it gets."""
+
+    adapter: TensorMap
+    delivered: int
+
+
+class Handed(Payload):
+    """Party -> server: it has what it gets."""
+
+
+class _Others:
+    """The federation without its owner: what FedHomoLLM's server half talks to."""
+
+    def __init__(self, federation: Federation, owner: str) -> None:
+        self._federation, self._owner = federation, owner
+
+    @property
+    def parties(self) -> tuple[str, ...]:
+        """All parties but the owner."""
+        return tuple(party for party in self._federation.parties if party != self._owner)
+
+    def ask(self, request: Payload, *, round_: int, to: Sequence[str]) -> Iterator[Reply]:
+        """Yield each party's answer; see `Federation`."""
+        return self._federation.ask(request, round_=round_, to=to)
+
+    def total(
+        self, request: Payload, *, round_: int, to: Sequence[str], manifest: Manifests, decode: Decode = as_it_is
+    ) -> Total:
+        """Return the sum of the answers; see `Federation`."""
+        return self._federation.total(request, round_=round_, to=to, manifest=manifest, decode=decode)
+
+
+class Server:
+    """The server's half: FedHomoLLM's among the clients, and the owner beside it."""
+
+    def __init__(self, settings: Settings, **rest: Any) -> None:
+        self._settings = settings
+        self._averaging = AveragingServer(settings, **rest)
+
+    def start(self, federation: Federation) -> RoundResult:
+        """Return the state of round 0: the initial adapter, evaluated and plugged in."""
+        result = self._averaging.start(_Others(federation, self._settings.owner))
+        return self._finished(federation, result)
+
+    def round(self, federation: Federation, state: State) -> RoundResult:
+        """Return the state after the next round."""
+        result = self._averaging.round(_Others(federation, self._settings.owner), state)
+        return self._finished(federation, result)
+
+    def final(self, state: State) -> tuple[Tensors, int]:
+        """Return the adapter for the emulator and its round; no tensors where the clients do not get it."""
+        tensors, number = self._averaging.final(state)
+        return (tensors if self._settings.deliver_to_clients == "adapter" else {}), number
+
+    def _finished(self, federation: Federation, result: RoundResult) -> RoundResult:
+        """Return the result of a round with what the owner says to it, and hand over after the last one."""
+        settings, state = self._settings, result.state
+        if settings.owner not in federation.parties:
+            # A yardstick: one party alone, or pooled data.
+            return result
+        every, is_last = settings.plug_every, state.round == settings.num_rounds
+        if every and (state.round % every == 0 or is_last):
+            result = self._plugged(federation, result)
+        return self._handed(federation, result) if is_last else result
+
+    def _plugged(self, federation: Federation, result: RoundResult) -> RoundResult:
+        owner, number = self._settings.owner, result.state.round
+        request = Plug(adapter=select("adapter", result.state.tensors))
+        rows, failures = list[Row](), dict(result.failures)
+        for reply in federation.ask(request, round_=number, to=[owner]):
+            if isinstance(reply.payload, Plugged):
+                rows += _rows(number, reply.payload)
+            else:
+                failures[owner] = getattr(reply.payload, "code", "PAYLOAD_REFUSED")
+        return replace(result, rows=[*result.rows, *rows], failures=failures)
+
+    def _handed(self, federation: Federation, result: RoundResult) -> RoundResult:
+        settings = self._settings
+        adapter, delivered = self._averaging.final(result.state)
+        to = [settings.owner] if settings.deliver_to_owner != "nothing" else []
+        to += trainers(settings, federation.parties) if settings.deliver_to_clients == "adapter" else ()
+        failures = dict(result.failures)
+        request = Hand(adapter=adapter, delivered=delivered)
+        for reply in federation.ask(request, round_=result.state.round, to=to):
+            if not isinstance(reply.payload, Handed):
+                failures[reply.party] = getattr(reply.payload, "code", "PAYLOAD_REFUSED")
+        return replace(result, failures=failures)
+
+
+def _rows(number: int, answer: Plugged) -> list[Row]:
+    """Return the owner's losses as rows: `emulator` and `plugged`, and the same on the common test set."""
+    names = (EMULATOR, PLUGGED, f"{EMULATOR}_common", f"{PLUGGED}_common")
+    return [
+        row
+        for split in names
+        if split in answer.losses
+        for row in rows_of(number, None, split, {"loss_nats": answer.losses[split]})
+    ]
+
+
+class Client(AveragingClient):
+    """A party that tunes the package's outer layers: FedHomoLLM's half, and the end."""
+
+    def handle(self, request: Payload, *, round_: int, deadline: float) -> Payload:
+        """Return the answer to one request; see `ClientHalf`."""
+        if isinstance(request, Hand):
+            check_manifest(request.adapter, self._c.model.manifest, sender="server")
+            self._c.deliver(dict(request.adapter))
+            return Handed()
+        return super().handle(request, round_=round_, deadline=deadline)
+
+
+class Owner:
+    """The owner's half. It has no state: what it answers follows from the request."""
+
+    def __init__(self, context: ClientContext) -> None:
+        self._c = context
+
+    def handle(self, request: Payload, *, round_: int, deadline: float) -> Payload:
+        """Return the answer to one request; see `ClientHalf`."""
+        match request:
+            case Plug():
+                return self._plug(request, round_)
+            case Hand():
+                check_manifest(request.adapter, self._c.model.manifest, sender="server")
+                self._c.deliver(dict(request.adapter))
+                return Handed()
+        raise PayloadError(
+            "PAYLOAD_REFUSED", f"the owner does not answer {type(request).__name__}", where=self._c.party
+        )
+
+    def state(self) -> State:
+        """Return nothing to remember."""
+        return State(0, {})
+
+    def restore(self, state: State) -> None:
+        """Do nothing."""
+
+    def _plug(self, request: Plug, number: int) -> Plugged:
+        c = self._c
+        check_manifest(request.adapter, c.model.manifest, sender="server")
+        if not any((c.data.train, c.data.held_out, c.data.common)):
+            return Plugged(losses={})
+        c.model.write(request.adapter)
+        losses = self._losses(c.model.model, EMULATOR, number)
+        with self._full().plugged(request.adapter, c.model.model) as whole:
+            losses |= self._losses(whole.model, PLUGGED, number)
+        return Plugged(losses=losses)
+
+    def _losses(self, model: Any, split: str, number: int) -> dict[str, float]:
+        """Return a model's losses on the probe set and on the common test set, and note them."""
+        c, found = self._c, dict[str, float]()
+        probe = [*c.data.train, *c.data.held_out]
+        for name, examples in ((split, probe), (f"{split}_common", c.data.common)):
+            sums = (
+                evaluate_examples(model, examples, pad_id=c.pad_id, batch_size=c.eval_batch_size)
+                if examples
+                else LossSums()
+            )
+            if sums.tokens:
+                c.log(number, name, sums.values())
+                found[name] = sums.loss_nats
+        return found
+
+    def _full(self) -> FullModel:
+        if self._c.full is None:
+            what = "this site is the owner's, and its party file does not say where the whole model is"
+            fix = "write the section `emulator` with `full_model_name_or_path` into party.yaml"
+            raise ModelError("MODEL_NOT_FOUND", what, where=f"party {self._c.party}", fix=fix)
+        return self._c.full
+
+
+def client(context: ClientContext) -> ClientHalf:
+    """Return a party's half: the owner's, or a client's.
+
+    Args:
+        context: The party's.
+    """
+    return Owner(context) if context.party == context.settings.owner else Client(context)
+
+
+def alone(settings: ScenarioSettings) -> Settings:
+    """Return the settings of a yardstick: one party that tunes the emulator by itself; nobody plugs in.
+
+    Args:
+        settings: The federation's.
+    """
+    plain = alone_in_averaging(settings).model_dump()
+    return Settings.model_validate(plain | {"plug_every": 0, "deliver_to_clients": "adapter"})
+
+
+def answer(settings: Settings, adapter: Manifest, number: int, party: str) -> Manifest:
+    """Return what a party's answer to a round of training holds; the owner's holds nothing.
+
+    Args:
+        settings: The scenario's.
+        adapter: The tensors that are tuned.
+        number: The round.
+        party: The party.
+    """
+    return {} if party == settings.owner else answer_in_averaging(settings, adapter, number, party)
+
+
+_AT_OWNER = {
+    "model": "the whole tuned model",
+    "adapter": "the tuned outer layers",
+    "nothing": "nothing",
+}
+_AT_CLIENTS = {
+    "adapter": "the adapter for their emulator",
+    "service": "the use of the owner's model as a service, and no file",
+    "nothing": "nothing",
+}
+
+
+def delivered(settings: Settings) -> str:
+    """Return what each side gets, as a sentence.
+
+    Args:
+        settings: The scenario's.
+    """
+    to_owner, to_clients = _AT_OWNER[settings.deliver_to_owner], _AT_CLIENTS[settings.deliver_to_clients]
+    return f"{settings.owner}, the owner, gets {to_owner}; the other parties get {to_clients}."
+
+
+def who_learns_what(settings: Settings, privacy: PrivacySettings) -> tuple[str, ...]:
+    """Return it for one job, in sentences.
+
+    Args:
+        settings: The scenario's.
+        privacy: The job's `privacy` section.
+    """
+    return (
+        f"{settings.owner} keeps its whole model. The other parties hold the package: its embeddings, head and outer "
+        "layers exactly, and of its middle an emulator. Nothing hides those outer layers from them, and what can be "
+        "learnt back of the middle is what `fedllm emulator check` measures.",
+        f"{settings.owner} sees the global adapter when it plugs it in, never a single party's update or data; the "
+        "server sees two losses of its probe set, and nothing else of it.",
+        f"At the end: {delivered(settings)} While they train, the other parties hold each round's global adapter.",
+        *who_learns_what_in_averaging(settings, privacy),
+    )
+
+
+SCENARIO = Scenario(
+    settings=Settings,
+    requests=(SendInitial, Train, Evaluate, Plug, Hand),
+    replies=(Initial, Summand, Plugged, Handed),
+    server=Server,
+    client=client,
+    alone=alone,
+    clashes=clashes,
+    answer=answer,
+    who_learns_what=who_learns_what,
+    trainers=trainers,
+    delivered=delivered,
+)
