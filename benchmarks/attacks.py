@@ -24,9 +24,9 @@ from fedllm.data.tokens import TokenisedExample
 from fedllm.job.job import Job
 from fedllm.privacy.inversion import first_inputs, share_found, token_distances, token_distances_by_b
 from fedllm.privacy.membership import area_under_curve
+from fedllm.runtime.opening import trainer_for
 from fedllm.runtime.run import run_local
 from fedllm.runtime.scaffold import write_job_folder
-from fedllm.runtime.site import trainer_for
 from fedllm.train.base import TrainSums, TrainTask
 from fedllm.wire.payload import Tensors
 

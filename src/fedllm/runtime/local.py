@@ -8,8 +8,9 @@ from functools import partial
 from fedllm.runs.folder import RunFolder
 from fedllm.runtime.base import Link, Wanted
 from fedllm.runtime.host import PartyHost
+from fedllm.runtime.opening import open_host, trainer_for
 from fedllm.runtime.party_data import check_data_unchanged
-from fedllm.runtime.site import Site, open_host, trainer_for
+from fedllm.runtime.site import Site
 from fedllm.runtime.sum_keys import SignaturesOf, local_signatures, make_sum_keys, sums_of
 from fedllm.scenarios.base import TokenData
 from fedllm.train.base import LocalTrainer

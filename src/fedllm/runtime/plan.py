@@ -27,7 +27,8 @@ from fedllm.runtime.federation import LinkedFederation
 from fedllm.runtime.local import InProcessLink, local_hosts
 from fedllm.runtime.marks import claims_foreseen
 from fedllm.runtime.noise import NoiseAt, noise_at, steps_per_round, with_earlier
-from fedllm.runtime.site import Site, open_site, party_tokens, trainer_for
+from fedllm.runtime.opening import trainer_for
+from fedllm.runtime.site import Site, open_site, party_tokens
 from fedllm.runtime.sum_keys import terms_of
 from fedllm.runtime.validate import Facts, PartyFacts
 from fedllm.scenarios.base import TokenData

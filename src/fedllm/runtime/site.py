@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,32 +25,21 @@ from fedllm.models.emulator_settings import EmulatorSettings
 from fedllm.models.full import FullModel
 from fedllm.models.load import Base, find_base, load_base
 from fedllm.ownership.commitments import ClaimFolder
-from fedllm.privacy.budget import PURSE_FOLDER, Budget, Purse
+from fedllm.privacy.budget import PURSE_FOLDER, Purse
 from fedllm.runs.folder import RunFolder
-from fedllm.runs.plan_files import versions
-from fedllm.runtime.base import Ready
-from fedllm.runtime.delivery import deliver_own, write_copy
-from fedllm.runtime.host import Blobs, PartyHost
-from fedllm.runtime.marks import pull_of
-from fedllm.runtime.signatory import Signatory
-from fedllm.runtime.triggers import trigger_pull
-from fedllm.scenarios.base import ClientContext, ClientHalf, Log, TokenData
-from fedllm.train.base import LocalTrainer
-from fedllm.train.corrections import Correction, together
-from fedllm.train.private import PrivateTrainer
-from fedllm.train.supervised import SupervisedTrainer, check_precision
+from fedllm.runtime.host import Blobs
+from fedllm.scenarios.base import TokenData
+from fedllm.train.supervised import check_precision
 from fedllm.wire.payload import Tensors
-
-_MANY_ROUNDS = 10**9
 
 
 @dataclass
 class Site:
     """A process's share of a run: one frozen base model, however many parties.
 
-    `purses` says where each party keeps what has been spent of its privacy; by default it is beside the run folder.
-    `claims` is where each claimant of the model has its claim.
-    `full` is the whole model of an emulator, where its owner runs here.
+    `deliver` takes a party's own adapter, by default into the run folder. `purses` says where each party keeps what
+    has been spent of its privacy; by default it is beside the run folder. `claims` is where each claimant of the
+    model has its claim. `full` is the whole model of an emulator, where its owner runs here.
     """
 
     job: Job
@@ -62,7 +50,7 @@ class Site:
     common: list[TokenisedExample]
     common_digest: str
     template_digest: str
-    deliver: Callable[[Site, RunFolder, str, Tensors], None] = deliver_own
+    deliver: Callable[[Site, RunFolder, str, Tensors], None] | None = None
     purses: Mapping[str, Purse] = field(default_factory=dict)
     claims: Mapping[str, ClaimFolder] = field(default_factory=dict)
     full: FullModel | None = None
@@ -259,122 +247,3 @@ def party_tokens(site: Site, located: LocatedParty, *, read: PartyData | None = 
     train, _ = tokens_of(read.train, tokenizer, job, where=where)
     held_out, _ = tokens_of(read.held_out, tokenizer, job, where=f"{where}, held-out examples")
     return TokenData(train, held_out, site.common)
-
-
-def _ready(site: Site, rounds: list[int]) -> Ready:
-    return Ready(
-        base_digest=site.base.digest,
-        tokenizer_digest=site.base.tokenizer_digest,
-        template_digest=site.template_digest,
-        common_digest=site.common_digest,
-        manifest=site.model.manifest,
-        versions=versions(),
-        rounds=rounds,
-    )
-
-
-def trainer_for(job: Job) -> LocalTrainer:
-    """Return the trainer that a job asks for.
-
-    Args:
-        job: The job.
-    """
-    return PrivateTrainer() if job.privacy.differential_privacy.is_local else SupervisedTrainer()
-
-
-def need_private(trainer: LocalTrainer) -> None:
-    """Raise where a trainer would not keep to the terms of private training.
-
-    Args:
-        trainer: The trainer.
-
-    Raises:
-        ConfigError: `BAD_COMBINATION`.
-    """
-    if not getattr(trainer, "is_private", False):
-        raise ConfigError(
-            "BAD_COMBINATION",
-            f"{type(trainer).__name__} does not bound the gradient of each example, so no epsilon would hold",
-            where="privacy.differential_privacy",
-            fix="leave the trainer out, or set `unit: none`",
-        )
-
-
-def _pull(site: Site, party: str) -> Correction | None:
-    """Return what a claimant's marks add to each of its steps."""
-    if party not in site.job.ownership.claimants or party not in site.claims:
-        return None
-    return together(pull_of(site, party, site.claims[party]), trigger_pull(site, party))
-
-
-def open_host(
-    site: Site,
-    name: str,
-    data: TokenData,
-    *,
-    run: RunFolder,
-    trainer: LocalTrainer,
-    on_step: Callable[[int, int], None] = lambda step, num_steps: None,
-) -> PartyHost:
-    """Return one party of a run, ready to answer.
-
-    Args:
-        site: What the process shares.
-        name: The party.
-        data: Its tokens.
-        run: The run folder.
-        trainer: The local trainer.
-        on_step: Called after each optimiser step with (steps done, steps of the round).
-
-    Raises:
-        ConfigError: `BAD_COMBINATION`, the trainer does not keep to the job's privacy; `OWNERSHIP_UNCOMMITTED`.
-        StateLost: `LEDGER_BROKEN`.
-    """
-    job, line = site.job, site.job.table_line()
-    states, budget = run.party_states(name), None
-    asked = job.privacy.differential_privacy
-    if asked.is_local:
-        need_private(trainer)
-    if asked.is_local or asked.placement == "distributed":
-        purse, own = site.purses.get(name) or Purse(run.path.parent / PURSE_FOLDER), run.path / "parties" / name
-        budget = Budget(purse, party=name, run_id=run.run_id, folder=own, trained=states.present())
-
-    pull = _pull(site, name)
-
-    def open_client(log: Log) -> ClientHalf:
-        context = ClientContext(
-            party=name,
-            parties=job.trainers,
-            seed=job.seed,
-            settings=job.federation,
-            model=site.model,
-            pad_id=site.base.tokenizer.pad_token_id,
-            data=data,
-            data_settings=data_settings(job),
-            train_settings=job.train,
-            privacy=job.privacy,
-            eval_batch_size=job.evaluate.per_device_eval_batch_size,
-            trainer=trainer,
-            log=log,
-            on_step=on_step,
-            deliver=partial(site.deliver, site, run, name),
-            budget=budget,
-            pull=pull,
-            full=site.full if name == getattr(job.federation, "owner", None) else None,
-        )
-        return line.client(context)
-
-    return PartyHost(
-        party=name,
-        job_digest=run.job_digest,
-        kinds=line.kinds(),
-        open_client=open_client,
-        ready=partial(_ready, site),
-        states=states,
-        rows=run.party_rows(name),
-        blobs=site.blobs,
-        room=line.grown(job.federation, site.model.manifest, _MANY_ROUNDS, job.parties),
-        take_copy=None if job.ownership.trace == "none" else partial(write_copy, site, run, name),
-        codec_down=job.federation.codec_down.codec if hasattr(job.federation, "codec_down") else None,
-        signatory=Signatory.of(job, run, name, site.claims[name]) if job.ownership.enabled and site.claims else None,
-    )
