@@ -147,7 +147,8 @@ def _sentence(draft: Verdict) -> str:
     shows = (
         f"{best.matches} of {best.num_bits} {best.unit} of `{draft.party}`" if best else f"nothing of `{draft.party}`"
     )
-    chance = f"p = {draft.p:.2g} after correction for {draft.tries} tries, the threshold is {draft.threshold:.0e}"
+    tries = "one try" if draft.tries == 1 else f"{draft.tries} tries"
+    chance = f"p = {draft.p:.2g} after correction for {tries}, the threshold is {draft.threshold:.0e}"
     if draft.status == "not shown":
         return f"The claim is not shown: the model has {shows}, {chance}."
     if draft.status == "rejected":

@@ -21,8 +21,7 @@ def ownership_facts(record: RunRecord) -> list[tuple[str, str]]:
     claimants = record.setting("ownership.claimants")
     if not claimants:
         return []
-    carrier, bits = record.setting("ownership.carrier"), record.setting("ownership.num_bits")
-    facts = [("Claimants", ", ".join(map(str, claimants))), ("Mark", f"{bits} bits each, carrier: {carrier}")]
+    facts = [("Claimants", ", ".join(map(str, claimants))), *_marks(record)]
     log = _log(record)
     if log is None:
         return [*facts, ("Log of commitments", "damaged: it is not as the parties signed it")]
@@ -35,6 +34,12 @@ def ownership_facts(record: RunRecord) -> list[tuple[str, str]]:
     facts.append(("Signed before round 0", f"{when} UTC by {signers}"))
     facts.append(("Newest head", f"round {newest.head.round}, {newest.head.size} entries, root {newest.head.root}"))
     return facts
+
+
+def _marks(record: RunRecord) -> list[tuple[str, str]]:
+    carrier, triggers = record.setting("ownership.carrier"), record.setting("ownership.num_triggers")
+    bits = f"{record.setting('ownership.num_bits')} bits each, carrier: {carrier}"
+    return [("Mark", bits)] * (carrier != "none") + [("Secret answers", f"{triggers} each")] * bool(triggers)
 
 
 def card_line(record: RunRecord) -> str:
