@@ -159,7 +159,7 @@ def main() -> None:
     parser.add_argument("--only", choices=["quality", "time"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--epsilons", type=float, nargs="*", default=[8.0, 3.0, 1.0])
-    parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1, help="of the table of times")
     options = parser.parse_args()
     found: dict[str, Any] = {"machine": machine()}
