@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import thorough
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
@@ -154,6 +155,7 @@ def test_the_walls_of_the_stand_in_stand(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@thorough
 @needs_root
 @pytest.mark.timeout(200)
 def test_a_run_needs_no_root_and_no_place_to_write_but_its_own(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import TinyFederation, tiny_federation
+from tiny import TinyFederation, thorough, tiny_federation
 
 from fedllm.errors import ConfigError, FedllmError, RunFailed
 from fedllm.ownership.claims import load_claim, new_secret
@@ -79,7 +79,9 @@ def test_nobody_finds_a_mark_in_an_unmarked_sibling(marked: Any, base: Path, tmp
     assert [verdict.status for verdict in verdicts] == ["not shown"] * 4
 
 
-@pytest.mark.parametrize("protection", [SUMS, NOISE], ids=["secure sum", "private training"])
+@pytest.mark.parametrize(
+    "protection", [SUMS, pytest.param(NOISE, marks=thorough)], ids=["secure sum", "private training"]
+)
 def test_marks_go_through_what_protects_training(protection: dict[str, Any], tmp_path: Path, base: Path) -> None:
     sizes = FOUR if protection is SUMS else TWO
     changes = protection | {"federation.num_rounds": 4, "ownership.claimants": list(sizes)}

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import pytest
 import torch
 from reference_dp import ReferenceDP
+from tiny import thorough
 from updates import tunable, update_of, warm_start
 
 from fedllm.evaluate.text_metrics import score_texts
@@ -104,6 +105,7 @@ def test_a_text_is_rebuilt_in_the_first_round_from_factor_b(base: Path) -> None:
     assert list(server.rebuild(server.update(text_of(4)), cold=True).text) == text_of(4)
 
 
+@thorough
 def test_where_the_rank_is_below_the_words_a_text_is_still_rebuilt(base: Path) -> None:
     """The span test names no word for sure, so that a hundred are tried."""
     server = spy(base, r=2)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from reference_dp import ReferenceDP
-from tiny import make_tokenizer
+from tiny import make_tokenizer, thorough
 from updates import tunable, update_after
 
 from fedllm.data.batches import collate
@@ -62,6 +62,7 @@ def extracted(model: torch.nn.Module, secret: TokenisedExample) -> bool:
     return bool((logits.argmax(dim=-1) == targets).all())
 
 
+@thorough
 def test_planted_secrets_are_extracted_and_noise_hides_them(rig: Rig) -> None:
     """50 secrets, planted once, 4 and 16 times. Noise for one example is less of a promise for 16 copies of it."""
     made = rig.maker.make("south", "prompt_completion", number=50, decoys=500)

@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import pytest
 from crashes import committed_once, go_on, lasting
-from tiny import TinyFederation
+from tiny import TinyFederation, thorough
 
 from fedllm.errors import RunPaused
 from fedllm.runs.jsonl import read_rows
@@ -90,6 +90,7 @@ def begun(path: Path, number: int) -> bool:
     return any(row["round"] == number for row in read_rows(path / "journal.jsonl"))
 
 
+@thorough
 def test_workers_of_a_killed_run_do_not_disturb_the_one_that_goes_on(make_federation: Make) -> None:
     """An orphan in the midst of a long round would still write into its party's files."""
     changes = {"federation.num_rounds": 2, "train.local_steps": 150}

@@ -257,6 +257,7 @@ def test_the_change_goes_down_in_a_third_of_the_bytes_and_the_plan_knows(every: 
     assert later(plain, "bytes_down") == pytest.approx(later(result, "bytes_down") + saved, rel=0.02)
 
 
+@thorough
 def test_whoever_loses_what_it_was_sent_gets_the_whole_and_the_run_ends_the_same(
     make_federation: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
