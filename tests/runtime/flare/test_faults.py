@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from deployed import Deployed, deployed
-from tiny import TinyFederation
+from tiny import TinyFederation, thorough
 
 pytest.importorskip("nvflare")
 
@@ -33,6 +33,7 @@ BY_ROUND = {1: ("raise", "PARTY_FAILED"), 2: ("nan", "NONFINITE"), 3: ("shape", 
 SIZES = {"north": 6, "east": 5, "south": 5}
 
 
+@thorough
 @pytest.mark.timeout(150)
 def test_a_party_that_misbehaves_is_named_and_the_others_go_on_to_the_same_bits(
     make_federation: Make, monkeypatch: pytest.MonkeyPatch
