@@ -14,6 +14,7 @@ from fedllm.identity.files import KEY_FILE
 from fedllm.identity.keys import load_key
 from fedllm.identity.kit import installed_manifest
 from fedllm.identity.signing import Roster, Signer, is_signed
+from fedllm.models.digest import file_digest
 from fedllm.runs.folder import run_identity
 from fedllm.runs.jsonl import write_json
 
@@ -84,16 +85,6 @@ def covered(run: Path) -> Iterator[str]:
             yield name
 
 
-def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of a file, hex.
-
-    Args:
-        path: The file.
-    """
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
 def seal_run(run: Path) -> Seal:
     """Write digests.json over all files of a finished run, and return it.
 
@@ -105,7 +96,7 @@ def seal_run(run: Path) -> Seal:
         ResourceError: `DISK_FULL`.
         IdentityError: The site's key cannot be used.
     """
-    files = {name: sha256_of(run / name) for name in covered(run)}
+    files = {name: file_digest(run / name) for name in covered(run)}
     return _write(run, {**run_identity(run), "files": files})
 
 
@@ -126,7 +117,7 @@ def renew(run: Path, names: Iterable[str]) -> None:
     found = read_seal(run)
     if found is None or not _is_own(run, found):
         return
-    there = {name: sha256_of(run / name) for name in names if (run / name).is_file()}
+    there = {name: file_digest(run / name) for name in names if (run / name).is_file()}
     _write(run, {**found.body, "files": found.files | there})
 
 

@@ -11,8 +11,9 @@ from fedllm.errors import ConfigError, FedllmError
 from fedllm.identity.kit import Kit, open_kit
 from fedllm.job.job import Job
 from fedllm.models.deliver import WEIGHTS
+from fedllm.models.digest import file_digest
 from fedllm.runs.card import model_card
-from fedllm.runs.digests import DIGESTS, covered, sha256_of, site_of
+from fedllm.runs.digests import DIGESTS, covered, site_of
 from fedllm.runs.folder import run_identity
 from fedllm.runs.jsonl import read_rows
 from fedllm.runs.plan_files import versions
@@ -106,7 +107,7 @@ def check_files(look: Look) -> str:
     for name, digest in files.items():
         if name not in there:
             look.wrong(name, "it is missing")
-        elif sha256_of(look.path / name) != digest:
+        elif file_digest(look.path / name) != digest:
             look.wrong(name, "it is not the file that the run left")
     added = sorted(there - files.keys())
     for name in added:
@@ -234,7 +235,7 @@ def check_result(look: Look) -> str:
         look: The run.
     """
     result, weights = look.json("result.json"), look.path / "adapter" / WEIGHTS
-    expected, found = result.get("adapter_sha256"), sha256_of(weights) if weights.is_file() else None
+    expected, found = result.get("adapter_sha256"), file_digest(weights) if weights.is_file() else None
     if result.get("status") not in _FINISHED:
         look.wrong("result.json", f"its status is {result.get('status')!r}: not that of a finished run")
     if found != expected:
