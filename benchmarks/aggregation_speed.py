@@ -8,8 +8,9 @@ lie in memory as they arrived. The yardstick is one pass of `numpy.add` over the
 array, into one float32 accumulator, in one thread. It is timed beside every figure, and what is printed are ratios.
 
 The sum is exact (docs/explanation/determinism.md): 64-bit integers, twice as wide as the yardstick's accumulator, each
-value rounded to a grid first. The figure "float64" is numpy's addition of the same bytes into an accumulator that is as
-wide. Memory is the peak of a process of its own, in which updates are made one at a time.
+value rounded to a grid first; with the extra `numba` in one compiled loop. The figure "float64" is numpy's addition of
+the same bytes into an accumulator that is as wide. Memory is the peak of a process of its own, in which updates are
+made one at a time.
 """
 
 from __future__ import annotations
@@ -21,11 +22,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from unittest.mock import patch
 
 import numpy as np
 import torch
 from common import machine
 
+from fedllm.aggregate import total
+from fedllm.aggregate.compiled import compiled_loops
 from fedllm.aggregate.lora import truncated_product
 from fedllm.aggregate.robust import RobustSettings, Update, robust_mean
 from fedllm.aggregate.server import DEFAULTS, StrategySettings, server_step
@@ -120,6 +124,17 @@ def grid_pass(updates: list[StoredTensors], weights: list[int]) -> Tensors:
     return grid.means()
 
 
+def in_passes(updates: list[StoredTensors], weights: list[int]) -> Tensors:
+    """Return the same mean as where numba is not installed.
+
+    Args:
+        updates: The updates.
+        weights: One for each.
+    """
+    with patch.object(total, "compiled_loops", lambda: None):
+        return grid_pass(updates, weights)
+
+
 def timed(action: Callable[[], object]) -> float:
     """Return the seconds that something takes.
 
@@ -158,8 +173,10 @@ def sums(arrived: Arrived) -> None:
     print("\n| sum of 50 updates | against the pass of numpy, median | from, to |\n|---|---|---|")
     updates, equal = list(arrived.checked()), [1] * PARTIES
     actions: dict[str, Callable[[], object]] = {"numpy into float64": lambda: numpy_pass(arrived.flats, np.float64)}
-    actions["exact sum, equal weights"] = lambda: grid_pass(updates, equal)
-    actions["exact sum, weights by examples"] = lambda: grid_pass(updates, WEIGHTS)
+    for name, weights in (("equal weights", equal), ("weights by examples", WEIGHTS)):
+        if compiled_loops():
+            actions[f"exact sum, {name}, with numba"] = lambda weights=weights: grid_pass(updates, weights)
+        actions[f"exact sum, {name}, without"] = lambda weights=weights: in_passes(updates, weights)
     actions["the check that values are finite, before any sum"] = lambda: list(arrived.checked())
     ratios(actions, lambda: numpy_pass(arrived.flats), repeats=9)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import sys
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -14,6 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import bits
 
+from fedllm.aggregate import total as total_module
+from fedllm.aggregate.compiled import compiled_loops
 from fedllm.aggregate.total import GRID_BITS, GridSum, to_grid
 from fedllm.errors import PayloadError
 from fedllm.wire.blob import FileBlob, in_memory, parts_of, write_parts
@@ -51,6 +54,7 @@ def test_the_mean_is_the_exact_weighted_mean_of_the_rounded_values(terms: list[t
         assert abs(Fraction(found) - unrounded) <= STEP / 2 + abs(unrounded) * Fraction(1, 2**23)
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int32])
 @pytest.mark.parametrize("largest", [1.0, 2 - 2**-23, 2.0, 2 + 2**-22, 1000.0])
 @pytest.mark.parametrize("weight", [1, 3, 5000])
@@ -194,6 +198,28 @@ def test_an_empty_sum_has_no_means() -> None:
     assert GridSum().counts() == {}
 
 
+@pytest.fixture(params=["in passes", "compiled"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Make sums of any size by NumPy's passes, or at once by what numba compiles."""
+    found: str = request.param
+    monkeypatch.setattr(total_module, "_WORTH_COMPILING", 0 if found == "compiled" else 2**63)
+    assert compiled_loops(), "the extra `test` has numba"
+    return found
+
+
+def test_without_numba_the_sum_is_made_in_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "numba", None)
+    compiled_loops.cache_clear()
+    try:
+        assert compiled_loops() is None
+        grid = GridSum()
+        grid.add({"w": torch.ones(2**20)}, weight=3, counts={}, sender="north")
+        assert torch.equal(grid.means()["w"], torch.ones(2**20))
+    finally:
+        compiled_loops.cache_clear()
+
+
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64])
 @pytest.mark.parametrize("size", [0, 1, 2**17 - 1, 2**17, 2**18 + 3])
 def test_a_sum_in_pieces_is_the_sum_of_grid_counts(dtype: torch.dtype, size: int) -> None:
@@ -247,6 +273,7 @@ def test_updates_in_files_are_added_without_holding_one(tmp_path: Path) -> None:
     assert (peaks[16] - peaks[4]) / 12 < 5
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("edge", [2.0**20, 2.0**20 - 2.0**-4, 2.0**20 + 1, 2.0**21])
 def test_large_and_small_values_are_rounded_alike(edge: float) -> None:
     # Whether the largest value of an update is below 2**20 decides how all of them are rounded.
@@ -260,6 +287,7 @@ def test_large_and_small_values_are_rounded_alike(edge: float) -> None:
         assert torch.equal(grid._sums["w"], exact)
 
 
+@pytest.mark.usefixtures("way")
 def test_a_message_in_memory_in_a_file_and_plain_tensors_give_the_same_bits(tmp_path: Path) -> None:
     tensors = {f"u/{name}": torch.randn(2**17 // 3 + index) for index, name in enumerate("zyxwv")}
     tensors |= {"u/half": torch.randn(7).half(), "u/brain": torch.randn(9).bfloat16(), "u/empty": torch.empty(0)}

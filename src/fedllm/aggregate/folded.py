@@ -172,7 +172,8 @@ def complete(tensors: Mapping[str, torch.Tensor]) -> Tensors:
     """Return the global state as one adapter of a higher rank: B = [B, L], A = [A; R].
 
     All sites get one rank; those that need less have zeros. Where the adapter's own product is zero everywhere, which
-    it is after each round of FLoRA, its slots are left out.
+    it is after each round of FLoRA, its slots are left out. What stands at sites without an adapter, in the middle of
+    an emulator, becomes one there.
 
     Args:
         tensors: The global state.
@@ -182,9 +183,11 @@ def complete(tensors: Mapping[str, torch.Tensor]) -> Tensors:
         return adapter
     beside, places = dict(pairs(folded)), sites(adapter)
     is_used = any(bool(adapter[left].any()) for left, _ in places.values())
+    names = ("lora_B.default.weight", "lora_A.default.weight")
+    places |= {site: (f"{site}.{names[0]}", f"{site}.{names[1]}") for site in added_sites(tensors)}
     columns: dict[str, Pair] = {}
     for site, (left, right) in places.items():
-        own = [(adapter[left], adapter[right])] if is_used else []
+        own = [(adapter[left], adapter[right])] if is_used and left in adapter else []
         parts = [*own, *([beside[site]] if site in beside else [])] or [(adapter[left][:, :0], adapter[right][:0])]
         columns[site] = torch.cat([b for b, _ in parts], dim=1), torch.cat([a for _, a in parts])
     rank = max(left.shape[1] for left, _ in columns.values())
@@ -193,6 +196,16 @@ def complete(tensors: Mapping[str, torch.Tensor]) -> Tensors:
         adapter[left] = torch.nn.functional.pad(b, (0, rank - b.shape[1]))
         adapter[right] = torch.nn.functional.pad(a, (0, 0, 0, rank - a.shape[0]))
     return adapter
+
+
+def added_sites(tensors: Mapping[str, torch.Tensor]) -> list[str]:
+    """Return where something stands beside a layer that has no adapter, in order.
+
+    Args:
+        tensors: The global state.
+    """
+    adapter, folded = split(tensors)
+    return [site for site, _ in pairs(folded) if site not in sites(adapter)]
 
 
 def grown_bytes(manifest: Manifest, columns: int) -> int:

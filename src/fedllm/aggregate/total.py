@@ -9,19 +9,25 @@ import numpy as np
 import torch
 
 from fedllm.aggregate.accumulators import Accumulators
+from fedllm.aggregate.compiled import Loops, compiled_loops
 from fedllm.errors import PayloadError
 from fedllm.wire.stored import largest_of, specs_of, values_of
 
 # Values are rounded to multiples of 2**-30 and summed as 64-bit integers, which do not depend on order.
 GRID_BITS = 30
 _LIMIT = 2**63
-# Values are added in pieces that stay in the processor's cache.
+# Values are added in pieces that stay in the processor's cache, or where each is looked at once, in larger ones.
 _PIECE = 2**17
+_LARGE_PIECE = 2**20
 # Of this number and a small value, the sum in float64 is rounded to multiples of 2**-30, halves to even, and its bits,
 # seen as an integer, are those of the number plus the count of multiples.
 _MAGIC = 1.5 * 2.0 ** (52 - GRID_BITS)
 _SHIFT = int(np.float64(_MAGIC).view(np.int64))
 _SMALL = 2.0 ** (50 - GRID_BITS)
+# Of fewer values the sum is made before numba is loaded.
+_WORTH_COMPILING = 2**20
+# NumPy lacks the one, numba the other.
+_WIDENED = (torch.bfloat16, torch.float16)
 
 
 def to_grid(tensor: torch.Tensor) -> torch.Tensor:
@@ -53,6 +59,14 @@ def _bound_of(largest: float, weight: int, counts: Mapping[str, float], sender: 
     return weight * int(largest * 2.0**GRID_BITS + 1)
 
 
+def _array(values: torch.Tensor) -> np.ndarray:
+    return (values.float() if values.dtype in _WIDENED else values).numpy()
+
+
+def _loops(sums: Accumulators) -> Loops | None:
+    return compiled_loops() if len(sums.flat) >= _WORTH_COMPILING else None
+
+
 class _Pieces:
     """A buffer for a piece of the sum, made once: fresh memory costs more than the arithmetic."""
 
@@ -61,24 +75,39 @@ class _Pieces:
         # The same memory, seen as integers.
         self._counts = self._floats.view(np.int64)
 
-    def add(self, totals: np.ndarray, tensors: Mapping[str, torch.Tensor], weight: int, *, largest: float) -> None:
-        """Add `weight * (to_grid(tensor) + _SHIFT)` to integers that lie in the order of the tensors' names.
+    def add(self, sums: Accumulators, tensors: Mapping[str, torch.Tensor], weight: int, *, largest: float) -> None:
+        """Add `weight * to_grid(tensor)` to the sums, which lie in the order of the tensors' names.
 
         Args:
-            totals: The integers.
+            sums: What is added to.
             tensors: They may be smaller or larger than a piece.
             weight: The party's weight.
             largest: No magnitude is above it.
         """
+        loops = _loops(sums)
+        if loops:
+            self._add_at_once(loops, sums.flat, tensors, weight)
+        else:
+            sums.shift(weight * _SHIFT)
+            self._add_in_passes(sums.flat, tensors, weight, largest)
+
+    def _add_at_once(self, loops: Loops, totals: np.ndarray, tensors: Mapping[str, torch.Tensor], weight: int) -> None:
+        done = 0
+        for values in values_of(tensors, _LARGE_PIECE):
+            loops.add(totals[done : done + len(values)], _array(values), weight, 2.0**GRID_BITS)
+            done += len(values)
+
+    def _add_in_passes(
+        self, totals: np.ndarray, tensors: Mapping[str, torch.Tensor], weight: int, largest: float
+    ) -> None:
+        """Add `weight * (to_grid(tensor) + _SHIFT)` to the integers."""
         done = filled = 0
         for piece in values_of(tensors, _PIECE):
             if filled + len(piece) > _PIECE:
                 self._flush(totals[done : done + filled], weight, largest)
                 done, filled = done + filled, 0
-            # NumPy has no bfloat16.
-            values = (piece.float() if piece.dtype == torch.bfloat16 else piece).numpy()
-            self._floats[filled : filled + len(values)] = values
-            filled += len(values)
+            self._floats[filled : filled + len(piece)] = _array(piece)
+            filled += len(piece)
         self._flush(totals[done : done + filled], weight, largest)
 
     def _flush(self, totals: np.ndarray, weight: int, largest: float) -> None:
@@ -92,13 +121,17 @@ class _Pieces:
             np.multiply(counts, weight, out=counts)
         np.add(totals, counts, out=totals)
 
-    def mean(self, total: torch.Tensor, scale: float) -> torch.Tensor:
-        """Return `total / scale` as float32."""
-        mean = torch.empty(len(total), dtype=torch.float32)
-        sums, means = total.numpy(), mean.numpy()
-        for start in range(0, len(sums), _PIECE):
-            floats = self._floats[: len(sums) - start]
-            floats[:] = sums[start : start + _PIECE]
+    def mean(self, sums: Accumulators, name: str, scale: float) -> torch.Tensor:
+        """Return a tensor's sums, divided by a scale, as float32."""
+        totals = sums[name].numpy()
+        mean = torch.empty(len(totals), dtype=torch.float32)
+        loops, means = _loops(sums), mean.numpy()
+        if loops:
+            loops.mean(means, totals, scale)
+            return mean
+        for start in range(0, len(totals), _PIECE):
+            floats = self._floats[: len(totals) - start]
+            floats[:] = totals[start : start + _PIECE]
             means[start : start + _PIECE] = np.divide(floats, scale, out=floats)
         return mean
 
@@ -137,8 +170,7 @@ class GridSum:
         if self._sums is None:
             self._shapes = {name: spec.shape for name, spec in sorted(specs_of(tensors).items())}
             self._sums = Accumulators({name: math.prod(shape) for name, shape in self._shapes.items()})
-        self._sums.shift(weight * _SHIFT)
-        self._pieces.add(self._sums.flat, tensors, weight, largest=largest)
+        self._pieces.add(self._sums, tensors, weight, largest=largest)
         for name, value in counts.items():
             self._counts[name] = self._counts.get(name, 0) + round(value * 2**GRID_BITS)
 
@@ -148,7 +180,7 @@ class GridSum:
         means: dict[str, torch.Tensor] = {}
         if sums is not None:
             for name, shape in self._shapes.items():
-                means[name] = self._pieces.mean(sums[name], self.weight * 2.0**GRID_BITS).reshape(shape)
+                means[name] = self._pieces.mean(sums, name, self.weight * 2.0**GRID_BITS).reshape(shape)
                 sums.release(name)
         return means
 
