@@ -1,18 +1,19 @@
 """What noise costs and buys: epsilon of Gaussian noise on Poisson samples, and the noise for an epsilon.
 
-The mathematics is Google's dp-accounting. Here are only the questions that a federation asks.
+The mathematics is Google's dp-accounting, but for `fedllm.privacy.renyi`. Here are only the questions that a federation
+asks.
 """
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import version
 from typing import Any, Literal
+
+from fedllm.privacy.renyi import divergences
 
 AccountantName = Literal["PLD", "RDP"]
 
@@ -20,6 +21,9 @@ AccountantName = Literal["PLD", "RDP"]
 _TOLERANCE = 1e-3
 _LARGEST_NOISE = 1e6
 _MOST_TRIES = 30
+# Orders of RDP, the same as dp-accounting's.
+_WHOLE_ORDERS = (*range(2, 64), 128, 256, 512, 1024)
+_ORDERS_BETWEEN = tuple(tenths / 10 for tenths in range(11, 109) if tenths % 10)
 
 
 @dataclass(frozen=True, order=True)
@@ -41,7 +45,8 @@ def epsilon_of(mechanisms: Iterable[Mechanism], *, delta: float, accountant: Acc
     """Return the epsilon of all sums together, for neighbours that differ by one unit more or less; infinite at most.
 
     Source: Koskela et al. 2020, arXiv:1906.03049, and Doroshenko et al. 2022, arXiv:2207.04380 (PLD, rounded up);
-    Mironov et al. 2019, arXiv:1908.10530 (RDP). As in dp-accounting. Differs: no.
+    Mironov et al. 2019, arXiv:1908.10530 (RDP). As in dp-accounting. Differs: RDP at orders between whole numbers is
+    exact, where dp-accounting has a bound; see `fedllm.privacy.renyi`.
 
     Args:
         mechanisms: What was done, or will be, to the same data; their order has no influence.
@@ -88,11 +93,25 @@ def _merged(mechanisms: Iterable[Mechanism]) -> tuple[Mechanism, ...]:
 def _epsilon(mechanisms: tuple[Mechanism, ...], delta: float, accountant: AccountantName) -> float:
     if not mechanisms:
         return 0.0
-    found = _fresh(accountant)
-    with _quiet():
-        for mechanism in mechanisms:
-            found.compose(_event(mechanism.sampling_rate, mechanism.noise_multiplier), mechanism.steps)
+    # Imported here: it brings scipy, which most commands do without.
+    from dp_accounting import pld, rdp
+
+    found = pld.PLDAccountant() if accountant == "PLD" else rdp.RdpAccountant(_WHOLE_ORDERS)
+    for mechanism in mechanisms:
+        found.compose(_event(mechanism.sampling_rate, mechanism.noise_multiplier), mechanism.steps)
+    if accountant == "PLD":
         return float(found.get_epsilon(delta))
+    spent = [*found.rdp.tolist(), *_between(mechanisms)]
+    return float(rdp.compute_epsilon([*_WHOLE_ORDERS, *_ORDERS_BETWEEN], spent, delta)[0])
+
+
+def _between(mechanisms: Iterable[Mechanism]) -> list[float]:
+    """Return the Rényi divergences of all sums together at the orders between whole numbers."""
+    each = [
+        [found.steps * one for one in divergences(found.sampling_rate, found.noise_multiplier, _ORDERS_BETWEEN)]
+        for found in mechanisms
+    ]
+    return [sum(column) for column in zip(*each, strict=True)]
 
 
 @lru_cache(maxsize=256)
@@ -127,25 +146,6 @@ def _by_halving(is_enough: Callable[[float], bool]) -> float:
         middle = math.sqrt(low * high)
         low, high = (low, middle) if is_enough(middle) else (middle, high)
     return high
-
-
-def _fresh(accountant: AccountantName) -> Any:
-    # Imported here: it brings scipy, which most commands do without.
-    from dp_accounting import pld, rdp
-
-    return pld.PLDAccountant() if accountant == "PLD" else rdp.RdpAccountant()
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Leave out a warning for each order of RDP that does not converge: one order less only makes epsilon larger."""
-    log = logging.getLogger("absl")
-    before = log.disabled
-    log.disabled = True
-    try:
-        yield
-    finally:
-        log.disabled = before
 
 
 def _event(sampling_rate: float, noise_multiplier: float) -> Any:
