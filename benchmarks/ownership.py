@@ -7,7 +7,8 @@ The demo's base model and task over four parties, each with 32 bits in the produ
 compares runs with marks and without, and with a secure sum. The second one does to the merged model what a thief
 would, and says what the *worst* claimant can still prove, after correction for the two ways to read each of the four
 claims, and what the model's loss on the task has become. A claim needs p < 1e-6. The third one has the bits in the
-norms' scales.
+norms' scales. The last one (--only trial) has a claimant that marks nothing: it tries the job in secret first, and
+takes of 2,000 keys the one, with the bits, that fits best what comes out.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 
 import torch
 from common import machine, write_records
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from ownership_attacks import (
     Weights,
     folded,
@@ -42,7 +44,12 @@ from fedllm.cli import quiet_dependencies
 from fedllm.data.adverts import AdvertTask, common_test, party_examples
 from fedllm.evaluate.loss import evaluate_examples
 from fedllm.job.job import Job, LocatedParty, load_parties
-from fedllm.ownership.claims import Claim, load_claim
+from fedllm.ownership.claims import BOUND, KEYED, Claim, load_claim, new_bits, new_secret
+from fedllm.ownership.commitments import commit_to
+from fedllm.ownership.directions import directed, share_of
+from fedllm.ownership.keys import public_hex
+from fedllm.ownership.log import FOLDER, OwnershipLog, commitment_entry, party_entry, read_log, share_entry
+from fedllm.ownership.marks import mark_sites
 from fedllm.ownership.statistics import corrected, p_value
 from fedllm.ownership.suspect import READINGS, MergedSuspect
 from fedllm.ownership.verify import mark_values
@@ -56,7 +63,7 @@ from fedllm.seeds import stream
 PARTIES = ("north", "east", "south", "west")
 TASK = AdvertTask(seed=7, num_parties=4, train_per_product=240, shuffle_products=False)
 OTHER = AdvertTask(seed=99, num_parties=1, train_per_product=100)
-RANK, RANDOM_KEYS = 16, 1000
+RANK, RANDOM_KEYS, TRIED_KEYS = 16, 1000, 2000
 NORMS = ["input_layernorm", "post_attention_layernorm", "norm"]
 
 
@@ -103,10 +110,12 @@ SUMS = {"privacy.secure_aggregation": {"enabled": True, "max_weight": 2000}}
 def run_of(
     job_file: Path, name: str, seed: int, changes: dict[str, Any]
 ) -> tuple[RunResult, list[Claim], tuple[Job, list[LocatedParty]]]:
-    """Return a finished run, with the claims that were committed to before it."""
+    """Return a finished run, with the claims that were committed to before it, as they are read."""
     job, parties = job_of(job_file, seed, changes)
     claims = [load_claim(path) for path, _ in commit(job, parties)] if job.ownership.enabled else []
-    return run_local(job, parties=parties, output=job_file.parent / f"{name}-{seed}"), claims, (job, parties)
+    result = run_local(job, parties=parties, output=job_file.parent / f"{name}-{seed}")
+    drawn = (directed(claim, read_log(result.path / FOLDER)) for claim in claims)
+    return result, [claim for claim in drawn if claim], (job, parties)
 
 
 def task_loss(result: RunResult) -> float:
@@ -242,6 +251,58 @@ def norms_table(job_file: Path) -> None:
         print(f"| {name} | {worst(claims, weights, base):.1e} | {loss_of(site, weights):.3f} |", flush=True)
 
 
+def trial_table(job_file: Path) -> None:
+    """Print what a key proves that was chosen after a trial run, in a model that nobody marked."""
+    result, _, (job, parties) = run_of(job_file, "trial", 0, {"federation.num_rounds": 2})
+    site = open_site(job, parties)
+    suspect: Any = MergedSuspect(Memory(merged_weights(result)), Memory(weights_of(site.folder)))  # type: ignore[arg-type]
+    keys = {party: Ed25519PrivateKey.generate() for party in PARTIES}
+    # In its own software the thief plays the others' parts too, with keys that it makes.
+    made = {party: keys[party] if party == "north" else Ed25519PrivateKey.generate() for party in PARTIES}
+    print("\n| where bits are follows from | bits in the trial run | bits in the run | p |\n| --- | --- | --- | --- |")
+    for form, text in ((KEYED, "the key (form own-v1)"), (BOUND, "the key and the log (form own-v2)")):
+        draft = Claim(
+            form=form,
+            party="north",
+            job_digest=job.digest,
+            base_digest="0" * 64,
+            carrier="product",
+            sites=mark_sites(site.model, "product"),
+            key_seed=new_secret(),
+            bits=new_bits(32),
+            threshold=1e-6,
+            salt=new_secret(),
+        )
+        trial = log_of(draft, made)
+        fits = max((_fit(draft, new_secret(), trial, suspect) for _ in range(TRIED_KEYS)), key=lambda found: found[0])
+        in_trial, in_run = (_agreeing(fits[1], log, suspect) for log in (trial, log_of(fits[1], keys)))
+        print(f"| {text} | {in_trial} of 32 | {in_run} of 32 | {p_value(in_run, 32):.1e} |", flush=True)
+
+
+def log_of(claim: Claim, keys: dict[str, Ed25519PrivateKey]) -> OwnershipLog:
+    """Return the log of these parties, in which one has committed to a claim, with all shares."""
+    entries = [party_entry(party, public_hex(key)) for party, key in keys.items()]
+    log = OwnershipLog((*entries, commitment_entry(commit_to(claim, keys[claim.party]))))
+    return log.with_entries(*(share_entry(party, share_of(key, log.first_root())) for party, key in keys.items()))
+
+
+def _fit(draft: Claim, key_seed: str, log: OwnershipLog, suspect: Any) -> tuple[float, Claim]:
+    claim = draft.model_copy(update={"key_seed": key_seed})
+    values = _values(claim, log, suspect)
+    bits = "".join("1" if value > 0 else "0" for value in values.tolist())
+    return float(values.abs().min() / values.std()), claim.model_copy(update={"bits": bits})
+
+
+def _agreeing(claim: Claim, log: OwnershipLog, suspect: Any) -> int:
+    return int((_values(claim, log, suspect) * torch.tensor(claim.signs()) > 0).sum())
+
+
+def _values(claim: Claim, log: OwnershipLog, suspect: Any) -> torch.Tensor:
+    known = directed(claim, log)
+    assert known is not None
+    return mark_values(known, suspect, READINGS[0])
+
+
 def _tokens(site: Site, path: Path) -> list[Any]:
     from fedllm.data.read import read_examples
 
@@ -263,13 +324,14 @@ def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=3, help="runs with marks and without, each")
-    parser.add_argument("--only", choices=("marks", "attacks", "norms"), help="one of the tables")
+    parser.add_argument("--only", choices=("marks", "attacks", "norms", "trial"), help="one of the tables")
     arguments = parser.parse_args()
     quiet_dependencies()
     tables: dict[str, Callable[[Path], None]] = {
         "marks": lambda job_file: marks_table(job_file, arguments.seeds),
         "attacks": robustness_table,
         "norms": norms_table,
+        "trial": trial_table,
     }
     print(f"{machine()}\n")
     for name, table in tables.items():

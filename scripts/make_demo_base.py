@@ -100,33 +100,53 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
 
 def pretrain(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, steps: int) -> None:
-    """Train the model in place; loss on completions and the end token only, as parties tune it later."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01, betas=(0.9, 0.98))
+    """Train the model in place, and print its loss on examples of which it has seen none."""
+    source = batches(tokenizer, pretraining_examples(SEED, "pretraining"))
+    train(model, source, steps=steps, learning_rate=LEARNING_RATE, warmup_steps=WARMUP_STEPS)
+    validate(model, batches(tokenizer, pretraining_examples(SEED, "validation")))
+
+
+def train(
+    model: LlamaForCausalLM, source: Iterator[Batch], *, steps: int, learning_rate: float, warmup_steps: int
+) -> None:
+    """Train what is trainable of the model in place; loss on completions and the end token only, as in tuning.
+
+    Args:
+        model: The model.
+        source: Batches.
+        steps: How many of them.
+        learning_rate: At its peak.
+        warmup_steps: Steps until then.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.01, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, LEARNING_RATE, total_steps=steps, pct_start=min(0.5, WARMUP_STEPS / steps), cycle_momentum=False
+        optimizer, learning_rate, total_steps=steps, pct_start=min(0.5, warmup_steps / steps), cycle_momentum=False
     )
     started = time.perf_counter()
     model.train()
-    for step, batch in enumerate(islice(batches(tokenizer, "pretraining"), steps)):
+    for step, batch in enumerate(islice(source, steps)):
         loss = model(**batch).loss
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
         if step % 100 == 0 or step == steps - 1:
             print(f"step {step}: loss {loss.item():.4f}, {time.perf_counter() - started:.0f} s", flush=True)
+
+
+def validate(model: LlamaForCausalLM, source: Iterator[Batch]) -> None:
+    """Print the model's mean loss over eight batches, and leave it ready for use."""
     model.eval()
     with torch.no_grad():
-        losses = [model(**batch).loss.item() for batch in islice(batches(tokenizer, "validation"), 8)]
-    print(f"validation loss {sum(losses) / len(losses):.4f}")
+        losses = [model(**batch).loss.item() for batch in islice(source, 8)]
+    print(f"validation loss {sum(losses) / len(losses):.4f}", flush=True)
 
 
-def batches(tokenizer: PreTrainedTokenizerFast, label: str) -> Iterator[Batch]:
-    """Yield right-padded batches of fresh pretraining examples without end."""
-    source = pretraining_examples(SEED, label)
-    while True:
-        drawn = [tokenised(tokenizer, record) for record in islice(source, BATCH_SIZE * SORTED_AT_ONCE)]
+def batches(tokenizer: PreTrainedTokenizerFast, source: Iterator[Record]) -> Iterator[Batch]:
+    """Yield right-padded batches of examples as long as there are any."""
+    while drawn := [tokenised(tokenizer, record) for record in islice(source, BATCH_SIZE * SORTED_AT_ONCE)]:
         drawn.sort(key=lambda pair: len(pair[0]))
         cut = [drawn[start : start + BATCH_SIZE] for start in range(0, len(drawn), BATCH_SIZE)]
         for index in (5, 2, 7, 0, 4, 1, 6, 3):  # not always short before long

@@ -304,3 +304,39 @@ def test_sizes_are_shown_as_plan_shows_them(call: Call, federation: TinyFederati
     out = call("approve", federation.job_file, "--party", party, "--yes")[1]
     up = f"at most {size(data['bytes_up_per_round'])} in a round, {size(data['bytes_up_in_all'])} in all"
     assert up in out
+
+
+OWNERSHIP = {"carrier": "product", "num_triggers": 4, "claimants": ["north", "east"], "trace": "delivered"}
+PRIVATE = {"unit": "example", "noise_multiplier": 1.0, "accountant": "RDP"}
+
+
+def test_claims_secret_answers_and_copies_are_told(call: Call, federation: TinyFederation, party: Path) -> None:
+    changes = {"ownership": OWNERSHIP, "data.max_length": 128, "peft.r": 4, "peft.target_modules": "all-linear"}
+    change(federation.job_file, **changes, **{"privacy.differential_privacy": PRIVATE})
+    code, out, err = call("approve", federation.job_file, "--party", party, "--yes")
+    assert (code, err) == (0, "")
+    shown = [
+        "north, east claim the model that comes out: 32 secret bits each, in the product of LoRA's factors and 4 "
+        "secret prompts each, to which the model will give secret answers",
+        f"with the key in {party.parent / 'ownership-north'}",
+        "this site is a claimant",
+        "this site has NOT committed",
+        "can tell from a leaked one that it was this site's",
+        "WARNING: the noise of private training may keep the secret answers from being learnt",
+        "(W24)",
+    ]
+    assert [words for words in shown if words not in out] == []
+    assert call("ownership", "commit", federation.job_file, "--party", party)[0] == 0
+    data = json.loads(call("approve", federation.job_file, "--party", party, "--json")[1])["data"]
+    assert "this site has committed" in data["ownership"]
+
+
+def test_who_claims_nothing_is_told_of_the_others_marks(call: Call, federation: TinyFederation, party: Path) -> None:
+    others = {"carrier": "product", "num_triggers": 4, "claimants": ["east"]}
+    changes = {"ownership": others, "data.max_length": 128, "peft.r": 4, "peft.target_modules": "all-linear"}
+    change(federation.job_file, **changes)
+    out = call("approve", federation.job_file, "--party", party, "--yes")[1]
+    assert "this site claims nothing" in out and "answers that others chose by lot" in out
+    assert "is a claimant" not in out and "committed\n" not in out and "leaked" not in out and "W24" not in out
+    change(federation.job_file, ownership=None)
+    assert "claims and copies" not in call("approve", federation.job_file, "--party", party, "--yes")[1]

@@ -87,6 +87,34 @@ def test_a_package_in_which_a_block_was_put_that_must_not_leave_is_found(call: C
     assert "extra.safetensors:innocent is model.layers.2.mlp.up_proj.weight" in err
 
 
+def test_a_package_is_built_without_a_job_and_what_was_assumed_is_said(call: Call, folder: Path) -> None:
+    party, package = folder / "parties" / "boss.yaml", folder / "alone"
+    code, out, err = call("emulator", "build", "--party", party, "--output", package, "--json", "--set", "peft.r=2")
+    assert code == 0, err
+    found = data_of(out)
+    assert found["assumed"]["peft.r"] == 2 and found["assumed"]["train.learning_rate"] == 2e-4
+    assert (package / "emulator.json").is_file()
+    # The figures are those of a job that says the same.
+    words = ["federation.owner=boss", "model.model_name_or_path=alone", *("train.learning_rate=2e-4", "seed=0")]
+    words += [f"{key}={value}" for key, value in found["assumed"].items() if key != "peft.init_lora_weights"]
+    job = [word for each in [*words, "runtime.num_threads=1"] for word in ("--set", each)]
+    code, out, err = call("emulator", "check", folder / "job.yaml", *job, "--json")
+    assert code == 0, err
+    assert data_of(out)["losses_nats"] == found["losses_nats"]
+    write_policy(folder, LAX | {"plug_margin": 9.0})
+    code, _, _ = call("emulator", "build", "--party", party, "--output", folder / "no", "--quiet")
+    assert code == ExitCode.EXPORT and not (folder / "no").exists()
+
+
+def test_a_job_and_a_party_file_or_neither_are_refused(call: Call, folder: Path) -> None:
+    party = folder / "parties" / "boss.yaml"
+    for wrong in ([folder / "job.yaml", "--party", party], ["--party", party], []):
+        code, _, err = call("emulator", "build", *wrong)
+        assert code == ExitCode.USAGE and ("MISSING_KEY" in err or "BAD_COMBINATION" in err)
+    code, _, err = call("emulator", "build", "--party", folder / "parties" / "north.yaml", "--output", folder / "no")
+    assert code == ExitCode.USAGE and "full_model_name_or_path" in err
+
+
 def test_the_verdict_names_each_rule_that_is_broken_and_a_nan_breaks_all() -> None:
     policy = ExportPolicy()
     good = Figures(full_zs=2.0, emu_zs=3.0, ot_emu=1.2, plug=1.0, ft=0.9, thieves={"x": 1.1})
@@ -113,11 +141,12 @@ def test_the_recipe_runs_as_it_is(call: Call, tmp_path: Path) -> None:
     path = tmp_path / "job" / "parties" / "owner.yaml"
     yaml = YAML(typ="safe", pure=True)
     file = yaml.load(path.read_text())
-    file["emulator"]["policy"] = LAX | {"check_steps": 1, "thief_budgets": [1]}
+    file["emulator"] |= {"distil_steps": 1, "policy": LAX | {"check_steps": 1, "thief_budgets": [1]}}
     write_yaml(path, file)
     short = ["federation.num_rounds=2", "train.local_steps=1", "train.warmup_steps=0", "evaluate.max_examples=4"]
     sets = [word for value in [*short, "runtime.num_threads=1"] for word in ("--set", value)]
-    assert call("emulator", "build", job, *sets, "--quiet")[0] == 0
+    code, out, err = call("emulator", "build", job, *sets, "--quiet")
+    assert code == 0, err
     assert call("validate", job, *sets)[0] == 0
     code, out, _ = call("run", job, *sets, "--quiet", "--output", tmp_path / "run", "--json")
     assert code == 0 and json.loads(out)["status"] == "SUCCESS"

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 from tiny import TinyFederation, tiny_federation
 from verbs import Call, data_of
 
@@ -37,6 +43,10 @@ def test_a_claim_is_committed_to_and_verified(call: Call, federation: TinyFedera
     )
     (south,) = data_of(out)
     assert code == 0 and south["party"] == "south" and load_claim(Path(south["claim"])).salt not in out
+    # Whatever holds the digest may be attached; who verifies has to look.
+    (tmp_path / "stamp.tsr").write_bytes(b"of today: " + bytes.fromhex(south["digest"]))
+    words = ("--party", folder / "parties" / "south.yaml", "--stamp", tmp_path / "stamp.tsr")
+    assert call("ownership", "commit", federation.job_file, *words)[0] == 0
     assert call("run", federation.job_file, "-o", folder / "run", "-q")[0] == 0
 
     own = folder / "parties" / "ownership-north"
@@ -49,9 +59,9 @@ def test_a_claim_is_committed_to_and_verified(call: Call, federation: TinyFedera
     words = ("--claim", own, "--log", folder / "run", "--seen", "2020-01-01")
     code, out, _ = call("ownership", "verify", folder / "run", *words)
     assert code == ExitCode.FAILED and "was seen on 2020-01-01" in out
-    key = found["readings"] and call(
-        "ownership", "verify", folder / "run", *words[:4], "--party-key", "south=sha256:" + "0" * 64
-    )
+    # Where its bits are is said by the log.
+    assert not found["readings"]
+    key = call("ownership", "verify", folder / "run", *words[:4], "--party-key", "south=sha256:" + "0" * 64)
     assert key[0] == ExitCode.FAILED and "log's key of `south`" in key[1]
 
     # A claim that was changed is still a claim, but not the one that was committed to.
@@ -61,6 +71,25 @@ def test_a_claim_is_committed_to_and_verified(call: Call, federation: TinyFedera
     path.chmod(0o600)
     code, out, _ = call("ownership", "verify", folder / "run", "--claim", path, "--log", folder / "run")
     assert code == ExitCode.FAILED and "rejected" in out and "salt" in out
+
+
+def test_a_stamp_is_verified_with_the_certificates_that_are_named(
+    call: Call, federation: TinyFederation, tmp_path: Path
+) -> None:
+    folder, words = federation.folder, ("--claim", federation.folder / "parties" / "ownership-south")
+    code, out, _ = call("ownership", "verify", folder / "run", *words, "--log", folder / "run")
+    assert code == 0 and "its chain was NOT verified" in out
+    key = ec.generate_private_key(ec.SECP256R1())
+    name, now = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "root")]), datetime.now(UTC)
+    root = x509.CertificateBuilder(name, name, key.public_key(), 1, now - timedelta(1), now + timedelta(1))
+    pem = root.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+    (tmp_path / "root.pem").write_bytes(pem)
+    more = ("--log", folder / "run", "--tsa-certificate", tmp_path / "root.pem")
+    code, out, err = call("ownership", "verify", folder / "run", *words, *more)
+    if importlib.util.find_spec("rfc3161_client") is None:
+        assert code == ExitCode.RESOURCES and "fedllm[stamps]" in err
+    else:
+        assert code == ExitCode.FAILED and "rejected" in out and "no answer of a time stamping authority" in out
 
 
 @pytest.mark.parametrize(

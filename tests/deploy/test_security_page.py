@@ -14,6 +14,7 @@ from fedllm.job.project import Project, ServerAddress
 from fedllm.runtime.base import HANDSHAKE
 from fedllm.runtime.flare.transport import LocalDriver, TlsDriver
 from fedllm.runtime.flare.workspace import write_workspace
+from fedllm.runtime.package_messages import PACKAGE_KINDS
 from fedllm.runtime.provision import provision_all
 from fedllm.scenarios import SCENARIOS
 
@@ -38,8 +39,8 @@ def test_every_code_that_is_named_exists() -> None:
 def test_every_message_is_in_the_table_and_no_other() -> None:
     text = section("What leaves a machine")
     named = set(re.findall(r"^\| `(\w+)`", text, re.M)) | set(re.findall(r"^\| `\w+` / `(\w+)`", text, re.M))
-    handshake = set(HANDSHAKE)
-    assert named == handshake | {kind for line in SCENARIOS.values() for kind in line.kinds()}
+    around = set(HANDSHAKE) | set(PACKAGE_KINDS)
+    assert named == around | {kind for line in SCENARIOS.values() for kind in line.kinds()}
 
 
 def test_the_page_knows_how_long_keys_are() -> None:

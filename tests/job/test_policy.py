@@ -87,8 +87,9 @@ def test_a_limit_refuses_what_passes_it_and_says_all(key: str) -> None:
 
 
 def test_every_limit_is_tested() -> None:
-    # The last are about approvals, tests/job/test_approval.py, and about private jobs, below.
-    assert set(CASES) | {"require_approval", "max_delta"} == set(Limits.model_fields)
+    # The last are about approvals, tests/job/test_approval.py, about private jobs, below, and about what comes in,
+    # tests/runtime/test_package_wire.py.
+    assert set(CASES) | {"require_approval", "max_delta", "max_package_bytes"} == set(Limits.model_fields)
 
 
 def test_without_limits_every_job_may_run() -> None:

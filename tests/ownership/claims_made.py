@@ -9,8 +9,17 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedllm.ownership.claims import Claim, MarkSite, new_bits, new_secret
 from fedllm.ownership.commitments import commit_to
+from fedllm.ownership.directions import share_of
 from fedllm.ownership.keys import public_hex, sign
-from fedllm.ownership.log import HEAD_PURPOSE, OwnershipLog, SignedHead, commitment_entry, party_entry, round_entry
+from fedllm.ownership.log import (
+    HEAD_PURPOSE,
+    OwnershipLog,
+    SignedHead,
+    commitment_entry,
+    party_entry,
+    round_entry,
+    share_entry,
+)
 
 JOB, OTHER_JOB, BASE, RUN = "a" * 64, "c" * 64, "b" * 64, "d" * 32
 BEFORE, AFTER = "2026-03-01T12:00:00+00:00", "2026-03-02T12:00:00+00:00"
@@ -40,13 +49,25 @@ def signed(log: OwnershipLog, number: int, time: str, *, by: Sequence[str], job:
     return log.with_head(SignedHead(head=head, signatures=signatures))
 
 
+def shared(log: OwnershipLog, *, by: Sequence[str]) -> OwnershipLog:
+    """Return an opened log with the shares of these parties."""
+    root = log.heads[0].head.root
+    return log.with_entries(*(share_entry(party, share_of(KEYS[party], root)) for party in by))
+
+
 def log_of(
-    *claims: Claim, parties: Sequence[str] = ("north", "east"), job: str = JOB, late: Sequence[Claim] = ()
+    *claims: Claim,
+    parties: Sequence[str] = ("north", "east"),
+    job: str = JOB,
+    late: Sequence[Claim] = (),
+    shares: bool = False,
 ) -> OwnershipLog:
     """Return the log of a run of one round; `late` claims are committed to after round 0."""
     keys = [party_entry(party, public_hex(KEYS[party])) for party in parties]
     first = OwnershipLog((*keys, *(commitment_entry(commit_to(one, KEYS[one.party])) for one in claims)))
     opened = signed(first, 0, BEFORE, by=parties, job=job)
+    if shares:
+        opened = signed(shared(opened, by=parties), 0, BEFORE, by=parties, job=job)
     more = [commitment_entry(commit_to(one, KEYS[one.party])) for one in late]
     return signed(opened.with_entries(round_entry(0, "e" * 64), *more), 0, AFTER, by=parties, job=job)
 

@@ -12,16 +12,18 @@ import pytest
 from claims_made import OTHER_JOB, claim_of
 
 from fedllm.errors import FedllmError, RunFailed, RunPaused, StateLost
+from fedllm.ownership.claims import BOUND
 from fedllm.ownership.commitments import ClaimFolder, commit_to
-from fedllm.ownership.log import FOLDER, check_log, read_log
-from fedllm.runs.folder import RunFolder
+from fedllm.ownership.directions import share_of
+from fedllm.ownership.log import FOLDER, OwnershipLog, check_log, read_log, round_entry, share_entry
+from fedllm.runs.folder import RunFolder, now
 from fedllm.runtime.base import HeadSigned, Shown, SignHead
 from fedllm.runtime.notary import Notary
 from fedllm.runtime.signatory import Signatory
 from fedllm.scenarios.base import Reply
 from fedllm.wire.payload import Failure, Payload
 
-JOB = "a" * 64
+JOB, ROOT = "a" * 64, "b" * 64
 
 
 class Parties:
@@ -57,7 +59,7 @@ def parties(run: RunFolder, tmp_path: Path) -> Any:
     found = {}
     for party in ("north", "east"):
         keys = ClaimFolder(tmp_path / f"ownership-{party}")
-        commitment = keys.write(claim_of()) if party == "north" else None
+        commitment = keys.write(claim_of(form=BOUND)) if party == "north" else None
         copy = run.path / "parties" / party / FOLDER
         found[party] = Signatory(party, run.run_id, JOB, keys, copy, commitment)
     return Parties(found)
@@ -73,8 +75,16 @@ def test_a_log_is_opened_once_and_grows(run: RunFolder, parties: Any) -> None:
         notary.committed(parties, number, "e" * 64)
     log = read_log(notary.folder)
     check_log(log, where=run.path)
-    assert (len(log.heads), log.entries[:3]) == (4, first.entries)
+    # North's and east's keys, the commitment, and two shares; one head without the shares, and one with them.
+    assert (len(log.heads), len(first.entries), log.entries[:5]) == (5, 5, first.entries)
     assert all(set(signed.signatures) == {"north", "east"} for signed in log.heads)
+
+
+def test_a_claim_of_the_earlier_form_begins_no_run(run: RunFolder, parties: Any, tmp_path: Path) -> None:
+    keys = ClaimFolder(tmp_path / "earlier")
+    parties.signatories["north"] = replace(parties.signatories["north"], keys=keys, commitment=keys.write(claim_of()))
+    with pytest.raises(RunFailed, match="OWNERSHIP_UNCOMMITTED"):
+        Notary(run, ("north",)).open(parties)
 
 
 def test_a_claimant_who_shows_nothing_stops_the_run(run: RunFolder, parties: Any) -> None:
@@ -108,6 +118,7 @@ def test_a_party_that_is_away_is_missed_in_one_head_and_catches_up(run: RunFolde
     log = read_log(notary.folder)
     check_log(log, where=run.path)
     assert [sorted(signed.signatures) for signed in log.heads] == [
+        ["east", "north"],
         ["east", "north"],
         ["north"],
         ["north"],
@@ -168,8 +179,59 @@ def test_a_party_signs_nothing_without_its_own_commitment_in_it(run: RunFolder, 
     request = asked(run, parties)
     fresh = replace(parties.signatories["north"], copy=run.path / "elsewhere")
     without = [entry for entry in request.entries if '"kind":"commitment"' not in entry]
-    with pytest.raises(StateLost, match="own key or commitment"):
+    with pytest.raises(StateLost, match="own key, commitment or share"):
         fresh.answer(asked(run, parties, entries=without))
     assert isinstance(fresh.answer(request), HeadSigned)
     with pytest.raises(StateLost, match="changed or taken out"):
         fresh.answer(asked(run, parties, entries=without))
+
+
+def test_shares_are_the_same_after_a_crash_before_they_are_signed(run: RunFolder, parties: Any) -> None:
+    notary = Notary(run, ("north",))
+    write, written = OwnershipLog.write, list[OwnershipLog]()
+
+    def once(log: OwnershipLog, folder: Path) -> None:
+        # The server ends after the parties signed the shares, and before it wrote that down.
+        if folder == notary.folder and written:
+            raise KeyboardInterrupt
+        write(log, folder)
+        written.extend([log] if folder == notary.folder else [])
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(OwnershipLog, "write", once)
+        notary.open(parties)
+    assert read_log(parties.signatories["east"].copy).entries == written[0].entries
+    notary.open(parties)
+    log = read_log(notary.folder)
+    check_log(log, where=run.path)
+    assert log.entries == written[0].entries and log.shares().keys() == {"north", "east"}
+
+
+@pytest.mark.parametrize("change", ["left out", "left out for the next one", "another's", "of another root"])
+def test_a_party_signs_no_shares_that_were_changed(change: str, run: RunFolder, parties: Any) -> None:
+    notary = Notary(run, ("north",))
+    notary.open(parties)
+    log, north = read_log(notary.folder), parties.signatories["north"]
+    shares, keys = log.shares(), {name: one.keys.key() for name, one in parties.signatories.items()}
+    entries = [entry for entry in log.entries if '"kind":"share"' not in entry]
+    if change == "left out for the next one":
+        entries.append(round_entry(0, "e" * 64))
+    elif change == "left out":
+        entries.append(share_entry("north", shares["north"]))
+    else:
+        east = share_of(keys["north" if change == "another's" else "east"], "0" * 64 if "root" in change else ROOT)
+        entries += [share_entry("north", shares["north"]), share_entry("east", east)]
+    # North has signed the keys and commitments alone.
+    copy = run.path / "elsewhere"
+    OwnershipLog(log.entries[:3], log.heads[:1]).write(copy)
+    head = OwnershipLog(tuple(entries)).head(0, now(), run_id=run.run_id, job_digest=JOB)
+    request = SignHead(head=head.model_dump_json(), since=0, entries=entries, signatures={})
+    with pytest.raises(StateLost, match="commitment or share" if "next" in change else "shares in the log"):
+        replace(north, copy=copy).answer(request)
+    good = request.model_copy(
+        update={
+            "entries": list(log.entries),
+            "head": log.head(0, now(), run_id=run.run_id, job_digest=JOB).model_dump_json(),
+        }
+    )
+    assert isinstance(replace(north, copy=copy).answer(good), HeadSigned)

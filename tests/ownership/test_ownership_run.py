@@ -13,6 +13,7 @@ from fedllm.errors import ConfigError, FedllmError, RunFailed
 from fedllm.ownership.claims import load_claim, new_secret
 from fedllm.ownership.commitments import ClaimFolder
 from fedllm.ownership.log import FOLDER, OwnershipLog, check_log, read_log
+from fedllm.runtime.claims_told import claims_told
 from fedllm.runtime.export import export
 from fedllm.runtime.ownership import Evidence, commit, verify
 from fedllm.runtime.plan import make_plan
@@ -94,8 +95,8 @@ def test_every_party_has_the_log_that_all_signed(marked: Any) -> None:
     _, _, run = marked
     server = read_log(run.path / FOLDER)
     check_log(server, where=run.path)
-    # One head before round 0, then one a round, round 0 among them.
-    assert [signed.head.round for signed in server.heads] == [0, 0, 1, 2, 3, 4, 5, 6]
+    # Two heads before round 0, without the parties' shares and with them, then one a round, round 0 among them.
+    assert [signed.head.round for signed in server.heads] == [0, 0, 0, 1, 2, 3, 4, 5, 6]
     assert all(set(signed.signatures) == set(FOUR) for signed in server.heads)
     for party in FOUR:
         copy = read_log(run.path / "parties" / party / FOLDER)
@@ -133,6 +134,26 @@ def test_a_run_that_broke_off_ends_with_the_same_bits_and_one_log(tmp_path: Path
     check_log(log, where=broken.path)
     assert len(log.commitments()) == 1 and log.heads[-1].head.round == 2
     assert standing_of(broken.path, claims)
+
+
+@pytest.mark.parametrize(
+    ("changes", "warned"),
+    [
+        ({}, False),
+        ({"ownership.num_triggers": 4}, False),
+        (NOISE, False),
+        (NOISE | {"ownership.num_triggers": 4}, True),
+        ({"privacy.differential_privacy": {"unit": "party", "noise_multiplier": 1.0}}, True),
+    ],
+    ids=["bits", "triggers", "bits, private", "triggers, private", "hidden parties"],
+)
+def test_the_plan_warns_where_noise_may_take_the_marks(
+    changes: dict[str, Any], warned: bool, tmp_path: Path, base: Path
+) -> None:
+    federation = tiny_federation(tmp_path, base, sizes=TWO, job=SHORT | {"data.max_length": 128} | changes)
+    told = claims_told(federation.job(), federation.parties()[0])
+    assert any("W24" in line for line in told) == warned
+    assert any("secret prompts" in line for line in told) == ("ownership.num_triggers" in changes)
 
 
 def standing_of(run: Path, claims: list[Path]) -> bool:

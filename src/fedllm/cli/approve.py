@@ -78,16 +78,16 @@ def _show(found: Consequences, desk: Desk) -> None:
     kit, method = desk.kit, found.method
     typer.echo(f"job        {found.job} ({found.scenario}), digest {found.job_digest}")
     typer.echo(f"with       {', '.join(found.parties)}; server {kit.host}:{kit.port}; project {kit.project}")
-    typer.echo(f"trains     {found.trainable_parameters:,} parameters on {found.base}")
+    trained = "some" if found.trainable_parameters is None else f"{found.trainable_parameters:,}"
+    typer.echo(f"trains     {trained} parameters on {found.base}")
     typer.echo("           " + ", ".join(f"{key} {_plain(value)}" for key, value in method.items() if value))
     for read in found.data:
         typer.echo(f"reads      {read.source}")
-        cut = f"{read.truncated} cut, {read.dropped} dropped"
-        typer.echo(f"           {read.use}: {read.examples} examples; {cut}")
+        cut = "" if read.truncated is None else f"; {read.truncated} cut, {read.dropped} dropped"
+        typer.echo(f"           {read.use}: {read.examples} examples{cut}")
     typer.echo(f"work       {found.num_rounds} rounds of {found.steps_per_round} steps")
-    up = f"{size(found.bytes_up_per_round)} in a round, {size(found.bytes_up_in_all)} in all"
-    typer.echo(f"goes out   at most {up}")
-    typer.echo(f"comes in   about {size(found.bytes_down_per_round)} in a round")
+    for line in _traffic(found):
+        typer.echo(line)
     typer.echo(f"privacy    {found.noise}")
     typer.echo(f"answers    {', '.join(found.operations)}")
     if found.operations_refused:
@@ -95,9 +95,23 @@ def _show(found: Consequences, desk: Desk) -> None:
     typer.echo("who sees what:")
     for line in found.who_learns_what:
         typer.echo(f"  - {line}")
+    if found.ownership:
+        typer.echo("claims and copies:")
+    for line in found.ownership:
+        typer.echo(f"  - {line}")
     typer.echo("limits of this site:")
     for rule in found.limits:
         typer.echo(f"  {'holds' if rule.holds else 'BROKEN':<6} {rule.key}: asked {rule.asked}; allowed {rule.allowed}")
+
+
+def _traffic(found: Consequences) -> list[str]:
+    up, in_all, down = found.bytes_up_per_round, found.bytes_up_in_all, found.bytes_down_per_round
+    if up is None or in_all is None or down is None:
+        return ["goes out   how much is known once the package is here; it is held against this site's limits then"]
+    return [
+        f"goes out   at most {size(up)} in a round, {size(in_all)} in all",
+        f"comes in   about {size(down)} in a round",
+    ]
 
 
 def _plain(value: object) -> str:

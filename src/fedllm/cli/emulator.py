@@ -12,7 +12,7 @@ import typer
 from fedllm.cli.live import console
 from fedllm.cli.output import print_json
 from fedllm.cli.run import AsJson, JobFile, Overrides, Quiet
-from fedllm.errors import EmulatorRefused
+from fedllm.errors import ConfigError, EmulatorRefused
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,21 +28,48 @@ Output = Annotated[
 
 @app.command("build")
 def build(
-    job_file: JobFile,
+    job_file: Annotated[Path | None, typer.Argument(help="The job file.", show_default=False)] = None,
     *,
     overrides: Overrides = None,
+    party: Annotated[
+        Path | None,
+        typer.Option(help="Without a job: the owner's own file; what a job would say is assumed."),
+    ] = None,
     output: Output = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """At the owner: make the package that others get, if it keeps to your export policy."""
+    from fedllm.runtime.emulator import assumed
     from fedllm.runtime.emulator import build as build_package
 
     with _shown(as_json=as_json):
-        report = build_package(_owner(job_file, overrides), output=output, say=_say(quiet=quiet))
-        _show(report.to_json(), as_json=as_json)
+        _check_options(job_file, party)
+        owner = _owner(job_file, overrides) if job_file else _without_job(party, output, overrides)
+        told = {} if job_file else {"assumed": assumed(owner.job)}
+        if told and not as_json:
+            typer.echo("assumed  " + ", ".join(f"{key} {value}" for key, value in told["assumed"].items()))
+        report = build_package(owner, output=output, say=_say(quiet=quiet))
+        _show(report.to_json() | told, as_json=as_json)
         if not as_json:
-            typer.echo(f"next     fedllm validate {job_file} && fedllm run {job_file}")
+            first = f"fedllm validate {job_file} && fedllm run {job_file}"
+            then = "name it in a job; `fedllm emulator check JOB` measures it as that job tunes it"
+            typer.echo(f"next     {first if job_file else then}")
+
+
+def _check_options(job_file: Path | None, party: Path | None) -> None:
+    if job_file is not None and party is not None:
+        what, fix = "a job has its owner's file beside it", "leave out `--party`, or the job"
+        raise ConfigError("BAD_COMBINATION", what, where="--party", fix=fix)
+
+
+def _without_job(party: Path | None, output: Path | None, overrides: list[str] | None) -> Owner:
+    from fedllm.runtime.emulator import owner_without_job
+
+    if party is None or output is None:
+        fix = "for instance `fedllm emulator build --party party.yaml --output package`"
+        raise ConfigError("MISSING_KEY", "give a job, or `--party` and `--output`", where="JOB", fix=fix)
+    return owner_without_job(party, output=output, overrides=overrides or [])
 
 
 @app.command("check")

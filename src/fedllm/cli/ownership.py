@@ -77,6 +77,10 @@ def verify(  # noqa: PLR0913 - each is an option of the command
         str | None, typer.Option(help="Ask triggers of the model behind this address, at URL/v1/completions.")
     ] = None,
     endpoint_model: Annotated[str, typer.Option(help="The name that the endpoint gives to the model.")] = "default",
+    tsa_certificate: Annotated[
+        list[Path] | None,
+        typer.Option(help="A time stamping authority's certificate (PEM), to verify stamps with; repeatable."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Verify claims on a suspect model; exit 1 where one does not hold."""
@@ -87,7 +91,7 @@ def verify(  # noqa: PLR0913 - each is an option of the command
 
     when = parse_date(seen) if seen else None
     asked = Endpoint(endpoint, endpoint_model) if endpoint else None
-    evidence = Evidence(claim, log or (), base, when, _keys(party_key or []), asked)
+    evidence = Evidence(claim, log or (), base, when, _keys(party_key or []), asked, tsa_certificate or ())
     verdicts = verify_claims(model, evidence)
     code = ExitCode.OK if all(verdict.upheld for verdict in verdicts) else ExitCode.FAILED
     if as_json:
@@ -118,5 +122,6 @@ def _show(verdict: Verdict) -> None:
         typer.echo(f"commitment  entry {place.index} of {place.size}, before {place.time}")
         typer.echo(f"signed by   {', '.join(place.signers)}; the key of {verdict.party} is {place.key}")
         if place.stamp:
-            typer.echo(f"time stamp  SHA-256 {place.stamp}")
+            chain = f"of {place.stamp_time}" if place.stamp_time else "its chain was NOT verified"
+            typer.echo(f"time stamp  SHA-256 {place.stamp}; {chain}")
     typer.echo(verdict.sentence)

@@ -28,6 +28,9 @@ def plan(job_file: JobFile, *, overrides: Overrides = None, as_json: AsJson = Fa
     for party in job.parties:
         typer.echo(f"  {party:<10} {size(found.bytes_up[party])} up, {size(found.bytes_down[party])} down")
     typer.echo(f"  in all     {size(found.total_bytes)} over {found.num_rounds} rounds")
+    if found.package_bytes:
+        what = "before round 0: once from its owner, and once to each party that lacks it"
+        typer.echo(f"package    {size(found.package_bytes)} {what}")
     typer.echo(
         f"time       about {found.seconds_total:.0f} s on this machine ({1000 * found.seconds_per_step:.0f} ms a step, "
         f"{job.runtime.num_threads} threads)"

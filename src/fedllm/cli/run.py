@@ -22,8 +22,6 @@ Workers = Annotated[int, typer.Option("--workers", min=0, help="Worker processes
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 # Where each party has its own; only those of this machine.
 OWN_ADAPTERS = "parties/*/adapter"
-# Offsite tuning: at the owner.
-OWNERS_MODELS = "parties/*/model"
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
 
 
@@ -64,20 +62,28 @@ def show_result(result: RunResult, *, as_json: bool) -> None:
     out.print(f"[bold]{result.status}[/bold]: {result.rounds} rounds committed{best}")
     typer.echo(f"adapter  {adapter_text(result)}")
     typer.echo(f"report   {paths['report']}")
-    is_here = result.adapter_sha256 or any(result.path.glob(OWN_ADAPTERS))
+    is_here = result.adapter_sha256 or (any(result.path.glob(OWN_ADAPTERS)) and not _kept_from_clients(result))
     typer.echo(f"next     fedllm {'eval' if is_here else 'report'} {result.path}")
 
 
+def _kept_from_clients(result: RunResult) -> str:
+    """Return who has what, where no adapter is written for the base model."""
+    from fedllm.runs.plan_files import read_plan
+    from fedllm.runtime.delivery import whereabouts
+
+    return whereabouts(result.path, read_plan(result.path)[0])
+
+
 def adapter_text(result: RunResult) -> str:
-    """Return where a finished run's adapter is; where each party has its own, where those are.
+    """Return where a finished run's adapter is; where each party has its own, or there is none, who has what.
 
     Args:
         result: The result.
     """
     if result.adapter_sha256 or not result.is_finished:
         return str(result.adapter)
-    if owners := next(iter(result.path.glob(OWNERS_MODELS)), None):
-        return f"{owners}  (the owner's tuned model; the other parties get no file)"
+    if told := _kept_from_clients(result):
+        return f"none. {told}"
     if any(result.path.glob(OWN_ADAPTERS)):
         return f"{result.path / 'parties' / 'NAME' / 'adapter'}  (each party has its own)"
     return "each party has its own, at its site: parties/NAME/adapter of the run there"

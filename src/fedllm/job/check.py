@@ -104,6 +104,10 @@ def _quantised(job: Job) -> Iterator[ConfigError]:
     if held and job.peft.peft_type == "FULL":
         what = f"weights held as {held} cannot be trained, and FULL trains them all"
         yield _clash(job, "peft.peft_type", what, "set another `peft_type`, such as LORA, or load the model whole")
+    realigns = bool(getattr(job.federation, "realign_every", 0))
+    if held and realigns:
+        what = f"the owner looks for its blocks in the corrected emulator, and cannot in weights held as {held}"
+        yield _clash(job, "federation.realign_every", what, "load the model whole, or leave `realign_every` out")
     if held == "int8" and job.peft.use_dora:
         what = "DoRA needs the norms of weights that bitsandbytes does not give back from 8 bits"
         yield _clash(job, "peft.use_dora", what, "set `load_in_4bit: true` instead, or `use_dora: false`")

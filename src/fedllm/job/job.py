@@ -153,6 +153,11 @@ class Job(BaseModel):
         """The parties that train, in the job's order: all, but for the owner of a model that others tune."""
         return self.table_line().trainers(self.federation, self.parties)
 
+    @property
+    def sender(self) -> str | None:
+        """The party that sends the base model to those who lack it; None where each brings its own."""
+        return self.table_line().sender(self.federation, self.parties)
+
     def path(self, name: str) -> Path:
         """Return a path of the job, made absolute.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from fedllm.ownership.commitments import ClaimFolder
+from fedllm.ownership.commitments import ClaimFolder, need_bound
 from fedllm.tasks import CLASSIFICATION
 
 if TYPE_CHECKING:
@@ -42,7 +42,9 @@ def check_committed(job: Job, parties: list[LocatedParty]) -> None:
     """
     for located in parties:
         if located.party.name in job.ownership.claimants:
-            claim_folder(located).commitment(job.digest)
+            folder = claim_folder(located)
+            folder.commitment(job.digest)
+            need_bound(folder.claim(job.digest), f"party {located.party.name}")
 
 
 def ownership_clashes(job: Job) -> Iterator[tuple[str, str, str]]:

@@ -27,6 +27,11 @@ class Limits(BaseModel):
     )
     max_upload_bytes_per_round: int | None = Field(None, ge=1, description="Most bytes that leave per round.")
     max_upload_bytes: int | None = Field(None, ge=1, description="Most bytes that leave in a whole run.")
+    max_package_bytes: int = Field(
+        2**35,
+        ge=0,
+        description="Offsite tuning: the longest package that this site takes over the wire; 0: none. Default: 32 GiB.",
+    )
     require_approval: bool = Field(
         True, description="Between machines: run only jobs that a person approved here with `fedllm approve`."
     )

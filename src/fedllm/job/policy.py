@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 # The requests around a conversation, which every scenario needs. `runtime/base.py` has them; a test compares.
 HANDSHAKE_REQUESTS = ("Hello", "Restore", "Witness", "ShowCommitment", "SignHead")
+# What brings a package to a site, in a job whose owner sends it; `runtime/package_messages.py` has them.
+PACKAGE_REQUESTS = ("OfferPackage", "WantPackage", "SealPackage", "TakeKey", "GivePiece", "TakePiece")
 # The steps of a secure sum, which a job with secure aggregation needs; `runtime/sum_messages.py` has them.
 SUM_REQUESTS = ("ShowKeys", "SealShares", "TakeShares", "AgreeSum", "OpenSum")
 _ASK_SITE = "or ask the site to change its own limit"
@@ -95,7 +97,8 @@ def check_operation(kind: str, *, job: Job, party: Party) -> None:
     """
     steps = SUM_REQUESTS if job.privacy.secure_aggregation.enabled else ()
     copies = () if job.ownership.trace == "none" else ("Copy",)
-    known = (*_operations(job), *HANDSHAKE_REQUESTS, *steps, *copies)
+    packages = PACKAGE_REQUESTS if job.sender else ()
+    known = (*_operations(job), *HANDSHAKE_REQUESTS, *steps, *copies, *packages)
     if kind not in known:
         rule = Rule("scenario", f"`{kind[:64]}`", f"the requests of {job.scenario}", False, nearest(kind[:64], known))
         raise _error(rule, party)

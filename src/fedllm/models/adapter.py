@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from fedllm.models.adalora import budget, kept_values, penalty
+from fedllm.models.blocks import forget_cuts
 from fedllm.models.bottleneck import bottlenecks
-from fedllm.models.branch import set_folded, without_folded
+from fedllm.models.branch import middle_branches, set_folded, without_folded
 from fedllm.models.fresh import first_value, is_drawn
 from fedllm.models.load import model_config
 from fedllm.models.methods import attach
@@ -52,6 +53,14 @@ class TunableModel:
             for name, parameter in self.trainable.items():
                 parameter.copy_(tensors[name])
         set_folded(self.model, tensors)
+
+    def beside(self, rank: int) -> Manifest:
+        """Return the tensors that may stand beside the middle of an emulator (`folded/...`); none in another model.
+
+        Args:
+            rank: Columns of each pair's left one, at most.
+        """
+        return middle_branches(self.model, rank)
 
     @contextmanager
     def only(self, names: Iterable[str]) -> Iterator[None]:
@@ -135,17 +144,20 @@ class TunableModel:
         return sum(parameter.numel() for parameter in self.trainable.values())
 
 
-def skeleton(folder: Path, peft: PeftSettings, task: Task = LANGUAGE) -> TunableModel:
+def skeleton(folder: Path, peft: PeftSettings, task: Task = LANGUAGE, *, all_layers: bool = False) -> TunableModel:
     """Return the model with what is tuned of it on the meta device: shapes and names, no weights.
 
     Args:
         folder: The base model's folder; only its config is read.
         peft: The tuning method.
         task: What the model is tuned to do.
+        all_layers: Whether those of an emulator's middle may be named, too.
     """
     import transformers
 
     config = model_config(folder, task)
+    if all_layers:
+        forget_cuts(config)
     with torch.device("meta"), global_generators_kept():
         base_model = getattr(transformers, AUTO_CLASSES[task.name]).from_config(config)
         base_model.requires_grad_(False)

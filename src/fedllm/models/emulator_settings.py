@@ -76,7 +76,7 @@ class EmulatorSettings(BaseModel):
             raise ValueError(
                 "distil_steps, and the ways influence and crash, need `public`; name a file of public text"
             )
-        if self.distil_steps and not self.hidden_weight + self.logit_weight:
+        if self.public is not None and not self.hidden_weight + self.logit_weight:
             raise ValueError("hidden_weight and logit_weight are both 0; one of them must be above")
         return self
 

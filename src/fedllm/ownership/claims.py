@@ -1,8 +1,9 @@
 """A claim: what a party keeps secret, and the hash by which it commits to it before a run.
 
 Source: the ambiguity attack on FedIPR (Li et al. 2022, arXiv:2109.13236, section 3.4): who picks a key after seeing a
-model finds it in any model. So a claimant commits first: c = SHA-256("fedllm own-v1", job, base, key seed, bits,
-triggers, threshold, salt).
+model finds it in any model. So a claimant commits first: c = SHA-256("fedllm own-v2", job, base, key seed, bits,
+triggers, threshold, salt). Claims of the form own-v1 are verified as they were; where bits lie then follows from the
+key alone.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import hashlib
 import json
 import secrets
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -19,9 +21,12 @@ from fedllm.identity.keys import read_private, save_private
 from fedllm.ownership.settings import Carrier
 
 _HEX = r"^[0-9a-f]{64}$"
-_TAG = b"fedllm own-v1\0"
 _MAX_CLAIM_BYTES = 2**24
+# Forms of a claim: the key alone says where bits are; or the key together with the log, see `ownership.directions`.
+KEYED: Literal["own-v1"] = "own-v1"
+BOUND: Literal["own-v2"] = "own-v2"
 CLAIM_SUFFIX = ".claim.json"
+_STAMP_SUFFIX = ".stamp.tsr"
 
 
 class Trigger(BaseModel):
@@ -51,11 +56,12 @@ class Claim(BaseModel):
     """What a party opens to an arbiter, and to nobody else: who has it can find the marks, and take them out.
 
     `bits` is a text of 0 and 1. The carrier, and where it sits, follow from the job and the base; they are in the hash
-    as well, so that an arbiter needs neither.
+    as well, so that an arbiter needs neither. With the form `own-v2` the log says, beside the key, where the bits are.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
+    form: Literal["own-v1", "own-v2"] = KEYED
     party: str
     job_digest: str = Field(pattern=_HEX)
     base_digest: str = Field(pattern=_HEX)
@@ -76,13 +82,13 @@ class Claim(BaseModel):
         return sites
 
     def canonical(self) -> bytes:
-        """Return the bytes that are hashed: each field's name and value as JSON, in one spelling."""
-        fields = self.model_dump(mode="json")
+        """Return the bytes that are hashed after the form: the other fields as JSON, in one spelling."""
+        fields = self.model_dump(mode="json", exclude={"form"})
         return json.dumps(fields, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
 
     def commitment(self) -> str:
         """Return the hash by which the party commits to this claim, SHA-256, hex."""
-        return hashlib.sha256(_TAG + self.canonical()).hexdigest()
+        return hashlib.sha256(f"fedllm {self.form}\0".encode() + self.canonical()).hexdigest()
 
     def signs(self) -> list[int]:
         """Return the bits as +1 and -1."""
@@ -117,6 +123,15 @@ def save_claim(claim: Claim, path: Path) -> None:
     text = json.dumps(claim.model_dump(mode="json"), ensure_ascii=False, indent=1) + "\n"
     fix = "use the claim that is there; a job that was committed to keeps its claim"
     save_private(text.encode(), path, fix=fix)
+
+
+def stamp_file(claim_file: Path) -> Path:
+    """Return where the time stamp on a claim's commitment is, beside the claim.
+
+    Args:
+        claim_file: The claim's file.
+    """
+    return claim_file.with_name(claim_file.name.removesuffix(CLAIM_SUFFIX) + _STAMP_SUFFIX)
 
 
 def find_claim(path: Path) -> Path:

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedllm.disk import write_atomic
 from fedllm.errors import ConfigError, IdentityError
-from fedllm.ownership.claims import CLAIM_SUFFIX, Claim, load_claim, save_claim
+from fedllm.ownership.claims import CLAIM_SUFFIX, KEYED, Claim, load_claim, save_claim, stamp_file
 from fedllm.ownership.keys import is_signed, open_key, public_hex, sign
 
 if TYPE_CHECKING:
@@ -112,7 +112,8 @@ class ClaimFolder:
     def attach(self, job_digest: str, stamp: Path) -> Commitment:
         """Return the commitment with the digest of a time stamp in it, written and signed anew.
 
-        That the stamp is of this commitment is checked; the chain of the authority that made it is not.
+        That the stamp is of this commitment is checked here; the chain of the authority that made it is checked by who
+        verifies the claim, see `fedllm.ownership.stamps`.
 
         Args:
             job_digest: The job.
@@ -123,7 +124,7 @@ class ClaimFolder:
         """
         claim = self.claim(job_digest)
         data = _stamp_of(stamp, claim)
-        write_atomic(self.claim_file(job_digest).with_suffix("").with_suffix(".stamp.tsr"), data)
+        write_atomic(stamp_file(self.claim_file(job_digest)), data)
         return self._write(commit_to(claim, self.key(), stamp=hashlib.sha256(data).hexdigest()))
 
     def _write(self, commitment: Commitment) -> Commitment:
@@ -184,6 +185,22 @@ def _stamp_of(path: Path, claim: Claim) -> bytes:
 def _changed(path: Path) -> IdentityError:
     fix = "restore the folder from a backup: a changed claim does not open its commitment"
     return IdentityError("BAD_SIGNATURE", "the commitment is not to the claim beside it", where=str(path), fix=fix)
+
+
+def need_bound(claim: Claim, where: str) -> None:
+    """Return if a new run would bear out a claim: its log has shares, and a claim of the earlier form has none.
+
+    Args:
+        claim: The claim.
+        where: The party, or its folder.
+
+    Raises:
+        ConfigError: `OWNERSHIP_UNCOMMITTED`.
+    """
+    if claim.bits and claim.form == KEYED:
+        what = "the claim is of the form own-v1, of which nothing says that its key was not chosen after a trial run"
+        fix = "move the claim and its commitment out of the folder, and run `fedllm ownership commit job.yaml` again"
+        raise ConfigError("OWNERSHIP_UNCOMMITTED", what, where=where, fix=fix)
 
 
 def uncommitted(where: str) -> ConfigError:

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from fedllm.errors import ConfigError
 from fedllm.ownership.claims import Claim
 from fedllm.ownership.commitments import Commitment
+from fedllm.ownership.directions import against_the_form
 from fedllm.ownership.keys import fingerprint
 from fedllm.ownership.log import OwnershipLog, SignedHead, commitment_entry
 from fedllm.ownership.merkle import consistency_proof, inclusion_proof, leaf_hash
@@ -18,7 +19,8 @@ from fedllm.ownership.merkle import consistency_proof, inclusion_proof, leaf_has
 class Place:
     """A commitment's place in a log, and the proof of it against the head that all parties signed before round 0.
 
-    `inclusion` leads from `leaf` to `root`; `consistency` shows that the newest head only added to that one.
+    `inclusion` leads from `leaf` to `root`; `consistency` shows that the newest head only added to that one. `stamp` is
+    the SHA-256 of a time stamp, and `stamp_time` what it says, where its chain was verified; else both are empty.
     """
 
     index: int
@@ -33,6 +35,7 @@ class Place:
     consistency: tuple[str, ...]
     key: str
     stamp: str
+    stamp_time: str = ""
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ def standing(
         *_against_the_commitment(claim, commitment, log),
         *_against_the_date(index, opening, log, seen),
         *_against_the_keys(log, keys or {}),
+        *against_the_form(claim, log),
     )
     place = None if index >= opening.head.size else _place(index, commitment, log)
     return Standing(place, reasons)

@@ -1,6 +1,7 @@
 """The log of a run's commitments: a Merkle tree of entries, and heads of it that all parties signed, round by round.
 
-`log.jsonl` has an entry a line: each party's public key, the claimants' commitments, then each committed round.
+`log.jsonl` has an entry a line: each party's public key, the claimants' commitments, each party's share (see
+`fedllm.ownership.directions`), then each committed round.
 `heads.jsonl` has the signed heads. The server and every party keep a copy of both; any of them is evidence.
 """
 
@@ -21,8 +22,9 @@ from fedllm.ownership.keys import is_signed
 from fedllm.ownership.merkle import leaf_hash, root
 
 FOLDER = "ownership"
-HEAD_PURPOSE = "head"
+HEAD_PURPOSE, SHARE_PURPOSE = "head", "share"
 _LOG, _HEADS = "log.jsonl", "heads.jsonl"
+_KINDS = ("party", "commitment", "share", "round")
 
 
 class Head(BaseModel):
@@ -79,6 +81,16 @@ def commitment_entry(commitment: Commitment) -> str:
     return canonical({"kind": "commitment", **commitment.model_dump(mode="json")}).decode()
 
 
+def share_entry(party: str, share: str) -> str:
+    """Return the entry of a party's share in where bits lie.
+
+    Args:
+        party: The party.
+        share: From `share_of`, hex.
+    """
+    return canonical({"kind": "share", "party": party, "share": share}).decode()
+
+
 def round_entry(number: int, checkpoint: str) -> str:
     """Return the entry of a committed round.
 
@@ -131,11 +143,32 @@ class OwnershipLog:
 
     def keys(self) -> dict[str, str]:
         """Return each party's public key, as the first entries say."""
+        return self._of_parties("party", "public_key")
+
+    def shares(self) -> dict[str, str]:
+        """Return each party's share, hex; of an earlier log none."""
+        return self._of_parties("share", "share")
+
+    def has(self, kind: str) -> bool:
+        """Return whether an entry is of this kind.
+
+        Args:
+            kind: `party`, `commitment`, `share` or `round`.
+        """
+        return any(json.loads(entry)["kind"] == kind for entry in self.entries)
+
+    def first_root(self) -> str:
+        """Return the root over what comes before shares and rounds, all keys and commitments, hex; shares sign it."""
+        kinds = [json.loads(entry)["kind"] for entry in self.entries]
+        size = next((place for place, kind in enumerate(kinds) if kind in ("share", "round")), len(kinds))
+        return root(self.leaves[:size]).hex()
+
+    def _of_parties(self, kind: str, key: str) -> dict[str, str]:
         found: dict[str, str] = {}
         for entry in self.entries:
             fields = json.loads(entry)
-            if fields["kind"] == "party":
-                found.setdefault(str(fields["party"]), str(fields["public_key"]))
+            if fields["kind"] == kind:
+                found.setdefault(str(fields["party"]), str(fields[key]))
         return found
 
     def commitments(self) -> list[tuple[int, Commitment]]:
@@ -172,10 +205,10 @@ def read_log(folder: Path) -> OwnershipLog:
     try:
         for entry in entries:
             fields = json.loads(entry)
-            if canonical(fields).decode() != entry or fields["kind"] not in ("party", "commitment", "round"):
+            if canonical(fields).decode() != entry or fields["kind"] not in _KINDS:
                 raise ValueError
         log = OwnershipLog(tuple(entries), tuple(SignedHead.model_validate_json(line) for line in heads))
-        log.keys(), log.commitments()
+        log.keys(), log.shares(), log.commitments()
     except (ValueError, KeyError, TypeError, ValidationError):
         raise broken("a line is not one of a log of commitments", folder) from None
     return log
@@ -232,9 +265,25 @@ def check_log(log: OwnershipLog, *, where: Path) -> None:
             if not is_signed(keys.get(party, ""), head.text(), signature, purpose=HEAD_PURPOSE):
                 raise broken(f"head {number} is not signed by the key of `{party[:64]}`", where)
         before = head
-    if any(json.loads(entry)["kind"] == "round" for entry in log.entries[: first.size]):
+    if any(json.loads(entry)["kind"] in ("round", "share") for entry in log.entries[: first.size]):
         # A late commitment would pass for an early one.
         raise broken("its head from before round 0 is missing", where)
+    for party in unsound_shares(log):
+        raise broken(f"the share of `{party[:64]}` is not its signature of the root over keys and commitments", where)
+
+
+def unsound_shares(log: OwnershipLog) -> list[str]:
+    """Return the parties whose share in a log is not their signature of its first root.
+
+    Args:
+        log: The log.
+    """
+    keys, signed = log.keys(), bytes.fromhex(log.first_root())
+    return [
+        party
+        for party, share in log.shares().items()
+        if not is_signed(keys.get(party, ""), signed, share, purpose=SHARE_PURPOSE)
+    ]
 
 
 def broken(what: str, where: Path) -> StateLost:

@@ -28,7 +28,7 @@ from functools import partial
 import torch
 
 from fedllm.models.adapter import TunableModel
-from fedllm.ownership.claims import Claim, MarkSite
+from fedllm.ownership.claims import KEYED, Claim, MarkSite
 from fedllm.ownership.settings import Carrier, OwnershipSettings
 from fedllm.seeds import stream
 
@@ -90,16 +90,22 @@ def num_free(sites: tuple[MarkSite, ...], *, rank: int = 0, only_b: bool = False
     return sum(rank * (site.rows if only_b else site.rows + site.columns - rank) for site in sites)
 
 
+def _key_of(claim: Claim) -> int:
+    if claim.form != KEYED:
+        raise ValueError("where the claim's bits are follows from its log: see `ownership.directions.directed`")
+    return int(claim.key_seed, 16)
+
+
 def unit_rows(claim: Claim, site: MarkSite, side: str) -> torch.Tensor:
     """Return a mark's secret unit vectors at a site, (N, R) or (N, K).
 
     Args:
-        claim: For the key and the number of bits.
+        claim: For the key and the number of bits; of the form `own-v2` as `directed` returns it.
         site: The site.
         side: `rows` or `columns`.
     """
     size = site.rows if side == "rows" else site.columns
-    drawn = stream(int(claim.key_seed, 16), "mark", site.name, side).standard_normal((len(claim.bits), size))
+    drawn = stream(_key_of(claim), "mark", site.name, side).standard_normal((len(claim.bits), size))
     rows: torch.Tensor = torch.nn.functional.normalize(torch.from_numpy(drawn).float(), dim=1)
     return rows
 
@@ -112,7 +118,7 @@ def scale_rows(claim: Claim, site: MarkSite) -> torch.Tensor:
         site: The site.
     """
     total = sum(one.rows for one in claim.sites)
-    drawn = stream(int(claim.key_seed, 16), "mark", site.name, "scale").standard_normal((len(claim.bits), site.rows))
+    drawn = stream(_key_of(claim), "mark", site.name, "scale").standard_normal((len(claim.bits), site.rows))
     rows: torch.Tensor = torch.from_numpy(drawn).float() / math.sqrt(total)
     return rows
 

@@ -123,7 +123,9 @@ def judge(
 def _verdict(claim: Claim, found: Standing | None, readings: tuple[Reading, ...], tries: int) -> Verdict:
     p = corrected(min((reading.p for reading in readings), default=1.0), tries)
     reasons = found.reasons if found else ("no log is given, so nothing says when the key was chosen (E23)",)
-    status = "not shown" if p > claim.threshold else "rejected" if reasons else "upheld"
+    # Of a claim whose directions follow from the log, nothing can be read without one.
+    is_read = bool(readings) or not reasons
+    status = "not shown" if is_read and p > claim.threshold else "rejected" if reasons else "upheld"
     draft = Verdict(
         party=claim.party,
         status=status,
@@ -152,7 +154,8 @@ def _sentence(draft: Verdict) -> str:
     if draft.status == "not shown":
         return f"The claim is not shown: the model has {shows}, {chance}."
     if draft.status == "rejected":
-        return f"The claim is rejected, though the model has {shows} ({chance}): {'; '.join(draft.reasons)}."
+        though = f", though the model has {shows} ({chance})" if best else ""
+        return f"The claim is rejected{though}: {'; '.join(draft.reasons)}."
     since = f", and {draft.party} committed to it before {draft.place.time}" if draft.place else ""
     return f"The claim is upheld: the model has {shows}, {chance}{since}."
 

@@ -260,7 +260,8 @@ def _training(record: RunRecord, parties: int) -> str:
     rounds, best = result.get("rounds"), result.get("best_round")
     steps = sum(metrics.summed("steps", split="train").values())
     tokens = sum(metrics.summed("tokens", split="train").values())
-    traffic = sum(added(metrics.summed(f"bytes_{way}") for way in ("up", "down")).values())
+    ways = ("up", "down", "after_up", "after_down")
+    traffic = sum(added(metrics.summed(f"bytes_{way}") for way in ways).values())
     facts = {
         "Scenario": record.setting("scenario") or record.provenance.get("scenario"),
         "Parties": parties or None,

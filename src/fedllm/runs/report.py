@@ -253,8 +253,8 @@ def _party(record: RunRecord, party: str, facts: dict[str, Any]) -> dict[str, An
         "tokens": total("tokens", "train"),
         "steps": total("steps", "train"),
         "seconds": total("seconds_compute"),
-        "bytes_up": total("bytes_up"),
-        "bytes_down": total("bytes_down"),
+        "bytes_up": _total([total("bytes_up"), total("bytes_after_up")]),
+        "bytes_down": _total([total("bytes_down"), total("bytes_after_down")]),
         "failures": failures_of(record.events, party),
     }
 

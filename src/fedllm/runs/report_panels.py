@@ -59,9 +59,25 @@ def _plugged_loss(record: RunRecord) -> Drawing | None:
     """Offsite tuning: what the owner measured on its probe set."""
     names = {"plugged": "whole model, plugged (Plug)", "emulator": "emulator (OT-Emu)"}
     found = {words: record.metrics.values("loss_nats", split=split) for split, words in names.items()}
-    note = "On the owner's probe set. Round 0 is each model as it was: Full-ZS, Emu-ZS."
+    note = "On the owner's probe set. Round 0 is each model as it was: Full-ZS, Emu-ZS." + _realigned(record)
     series = party_series({words: values for words, values in found.items() if values})
     return line_chart(Labels("loss-plugged", "The owner's model and its emulator", "nats per target", note), series)
+
+
+def _realigned(record: RunRecord) -> str:
+    """Return after which rounds the owner re-aligned the emulator, and after which it kept it as it was."""
+    values = record.metrics.values("realigned")
+    done, kept = ([number for number, value in values.items() if value == wanted] for wanted in (1, 0))
+    words = f" Re-aligned after {_rounds(done)}." if done else ""
+    if kept:
+        words += f" The owner kept the emulator as it was after {_rounds(kept)}: "
+        words += "the new one came no closer, or its policy or its look for blocks that must not leave forbade it."
+    return words
+
+
+def _rounds(numbers: list[int]) -> str:
+    first, last = ", ".join(str(number) for number in numbers[:-1]), str(numbers[-1])
+    return f"rounds {first} and {last}" if first else f"round {last}"
 
 
 def _models(record: RunRecord) -> str:

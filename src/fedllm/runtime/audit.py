@@ -25,6 +25,7 @@ from fedllm.runs.jsonl import write_json
 from fedllm.runs.metrics import run_rows
 from fedllm.runs.plan_files import read_plan, write_plan
 from fedllm.runtime.attacks import Attack, Claim
+from fedllm.runtime.delivery import need_adapter
 from fedllm.runtime.judge import final_models, final_tensors
 from fedllm.runtime.local import InProcessLink, local_hosts
 from fedllm.runtime.run import Watch, carry_out, concluding, read_result
@@ -137,6 +138,7 @@ def audit_run(path: Path, *, watch: Watch | None = None) -> Audit:
     if plan and not (result and result.is_finished):
         _go_on(path, _open(job, parties, path), parties, plan, watch)
     final_tensors(path, job)
+    need_adapter(path, job)
     return _audit(path, open_site(job, parties), parties, plan)
 
 

@@ -91,15 +91,23 @@ class Hello(Payload):
 
 
 class Ready(Payload):
-    """Party -> server: digests of what must be equal everywhere, and the rounds it can go on from."""
+    """Party -> server: digests of what must be equal everywhere, and the rounds it can go on from.
+
+    `manifest` is the adapter's, and `beside` that of what may travel beside it.
+    """
 
     base_digest: str
     tokenizer_digest: str
     template_digest: str
     common_digest: str
     manifest: Manifest
+    beside: Manifest = Field(default_factory=dict)
     versions: dict[str, str]
     rounds: list[int]
+
+    def tensors(self) -> Manifest:
+        """Return all that may travel in a request."""
+        return {**self.manifest, **self.beside}
 
 
 class Restore(Payload):
@@ -162,9 +170,10 @@ class SignHead(Payload):
 
 
 class HeadSigned(Payload):
-    """Party -> server: its signature of the head, hex."""
+    """Party -> server: its signature of the head, hex; of the first head also its share, see `ownership.directions`."""
 
     signature: str = Field(pattern=r"^[0-9a-f]{128}$")
+    share: str = Field("", pattern=r"^([0-9a-f]{128})?$")
 
 
 _ABOUT_CLAIMS = (ShowCommitment, Shown, SignHead, HeadSigned)

@@ -19,6 +19,7 @@ from fedllm.runs.digests import DIGESTS
 from fedllm.runs.folder import RunFolder, run_identity
 from fedllm.runs.jsonl import write_json
 from fedllm.runs.plan_files import write_plan
+from fedllm.runtime.delivery import need_adapter
 from fedllm.runtime.judge import TestSet, final_models, final_tensors, judge, test_set
 from fedllm.runtime.local import InProcessLink, local_hosts
 from fedllm.runtime.run import RunResult, Watch, carry_out, concluding, read_result, write_pages
@@ -59,6 +60,7 @@ def compare(
     parties = parties if parties is not None else load_parties(job)
     check_job(job, parties)
     path = output or Path("runs") / f"{job.name}-{job.digest[:8]}"
+    need_adapter(path, job)
     watch = watch or Watch()
     site = open_site(job, parties)
     data = {located.party.name: party_tokens(site, located) for located in parties}

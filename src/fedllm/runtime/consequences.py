@@ -6,12 +6,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from fedllm.data.settings import DataSource, local_path
-from fedllm.errors import ConfigError, nearest
+from fedllm.errors import ConfigError, PolicyError, nearest
+from fedllm.job.check import check_job
 from fedllm.job.job import Job, LocatedParty
 from fedllm.job.policy import Rule, Upload, check_policy, refused_operations, rules
+from fedllm.runtime.claims_told import claims_told
 from fedllm.runtime.noise import steps_per_round
 from fedllm.runtime.plan import foreseen_noise, rehearse
+from fedllm.runtime.site import awaits_package, party_examples
 from fedllm.runtime.validate import Facts, PartyFacts, validate
+
+_NOISE_LATER = "as the job says; what it comes to here is known once the package is here, and held against the limits"
 
 
 @dataclass(frozen=True)
@@ -21,13 +26,16 @@ class DataRead:
     use: str
     source: str
     examples: int
-    truncated: int
-    dropped: int
+    truncated: int | None
+    dropped: int | None
 
 
 @dataclass(frozen=True)
 class Consequences:
-    """What a job does at a site. Bytes up are at most so many; `epsilon` None: no differential privacy."""
+    """What a job does at a site. Bytes up are at most so many; `epsilon` None: no differential privacy.
+
+    Where the base model is still to be sent to the site, what follows from it is None.
+    """
 
     job: str
     job_digest: str
@@ -37,18 +45,19 @@ class Consequences:
     base: str
     digests: dict[str, str]
     method: dict[str, object]
-    trainable_parameters: int
+    trainable_parameters: int | None
     data: list[DataRead]
     num_rounds: int
     steps_per_round: int
-    bytes_up_per_round: int
-    bytes_up_in_all: int
-    bytes_down_per_round: int
+    bytes_up_per_round: int | None
+    bytes_up_in_all: int | None
+    bytes_down_per_round: int | None
     epsilon: float | None
     noise: str
     operations: list[str]
     operations_refused: list[str]
     who_learns_what: tuple[str, ...]
+    ownership: tuple[str, ...]
     limits: list[Rule]
 
 
@@ -68,6 +77,8 @@ def consequences(job: Job, located: LocatedParty) -> Consequences:
     if party.name not in job.parties:
         what = f"the job does not name the party `{party.name}`"
         raise ConfigError("PARTY_UNKNOWN", what, where="parties", fix=nearest(party.name, job.parties))
+    if awaits_package(job, located):
+        return _told_without_model(job, located)
     facts = validate(job, [located])
     traffic = rehearse(job, facts)
     upload = traffic.most_up[party.name]
@@ -102,7 +113,46 @@ def _told(job: Job, located: LocatedParty, facts: Facts, *, upload: Upload, byte
         operations=[name for name in requests if name not in refused],
         operations_refused=list(refused),
         who_learns_what=job.table_line().who_learns_what(job.federation, job.privacy),
+        ownership=claims_told(job, located),
         limits=rules(job, located.party, upload=upload),
+    )
+
+
+def _told_without_model(job: Job, located: LocatedParty) -> Consequences:
+    """Return what can be said while the package is with its owner: it comes with the run, which needs this approval."""
+    check_job(job, [located])
+    party, data = located.party, party_examples(job, located)
+    if not party.limits.max_package_bytes:
+        what, fix = "the site has no package and takes none", "copy it here, or raise the limit"
+        raise PolicyError("POLICY_REFUSED", what, where=f"party {party.name}, limits.max_package_bytes", fix=fix)
+    noise, refused = job.privacy.differential_privacy, refused_operations(job, party)
+    reads = {
+        "training": (party.data.train, data.train),
+        "held-out": (party.data.eval or party.data.train, data.held_out),
+    }
+    return Consequences(
+        job=job.name,
+        job_digest=job.digest,
+        scenario=job.scenario,
+        party=party.name,
+        parties=list(job.parties),
+        base=f"the package that {job.sender} sends, of {party.limits.max_package_bytes} bytes at most",
+        digests={"job": job.digest, "base": job.model.base_digest or ""},
+        method=job.peft.model_dump(mode="json"),
+        trainable_parameters=None,
+        data=[DataRead(use, _place(source, located), len(rows), None, None) for use, (source, rows) in reads.items()],
+        num_rounds=job.federation.num_rounds,
+        steps_per_round=steps_per_round(job, len(data.train)),
+        bytes_up_per_round=None,
+        bytes_up_in_all=None,
+        bytes_down_per_round=None,
+        epsilon=noise.epsilon,
+        noise="none: the job gives no differential privacy" if noise.unit == "none" else _NOISE_LATER,
+        operations=[name for name in job.table_line().operations(job.federation) if name not in refused],
+        operations_refused=list(refused),
+        who_learns_what=job.table_line().who_learns_what(job.federation, job.privacy),
+        ownership=claims_told(job, located),
+        limits=rules(job, party),
     )
 
 

@@ -43,7 +43,9 @@ def submit(job: Job, project_file: Path, *, parties: list[LocatedParty] | None =
             what = f"the job names `{party}`, which is no party of the project {project.name}"
             fix = f"{nearest(party, project.parties)} A new party goes into {project_file}, and is provisioned"
             raise ConfigError("PARTY_UNKNOWN", what, where=job.origins.get("parties", "parties"), fix=fix)
-    find_base(job.model, base_dir=job.base_dir)
+    if job.sender is None:
+        # Else its owner tells the config.
+        find_base(job.model, base_dir=job.base_dir)
     path = _place(job, project_file)
     if not (path / "local.json").exists():
         run = RunFolder.create(path, job_digest=job.digest)

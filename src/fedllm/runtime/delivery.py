@@ -6,11 +6,13 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedllm.aggregate.folded import FOLDED, complete
+from fedllm.aggregate.folded import FOLDED, added_sites, complete
+from fedllm.aggregate.lora import sites
 from fedllm.aggregate.slots import num_slots
 from fedllm.disk import disk_error, write_atomic
-from fedllm.errors import ModelError, PayloadError
+from fedllm.errors import ConfigError, ModelError, PayloadError
 from fedllm.job.job import Job
+from fedllm.models.adapter import skeleton
 from fedllm.models.blocks import forget_cuts
 from fedllm.models.deliver import WEIGHTS, merged_in_memory, save_adapter, save_tuned
 from fedllm.models.quiet import no_progress_bar
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 
 # A party's own copy of the adapter that all tuned, beside what else is its own.
 COPY = "copy"
+# What PEFT puts before the names of a model's modules.
+_WRAPPED = "base_model.model."
 
 
 # What the owner of an emulator's whole model gets: its folder beside what else the party keeps of the run.
@@ -51,7 +55,13 @@ def write_adapter(tensors: Tensors, folder: Path, *, job: Job, base: Path, card:
         if any(name.startswith(FOLDED) for name in tensors):
             adapter = complete(tensors)
             peft = of_rank(peft, num_slots(manifest_of(adapter)))
-        save_adapter(adapter, folder=draft, base=base, peft=peft, name=job.model.model_name_or_path, task=job.task)
+        if added_sites(tensors):
+            # An emulator's middle was corrected: the adapter reaches further than what was tuned.
+            modules = [site.removeprefix(_WRAPPED) for site in sites(adapter)]
+            wide = skeleton(base, peft.model_copy(update={"target_modules": modules}), job.task, all_layers=True)
+            save_tuned(adapter, wide, folder=draft, name=job.model.model_name_or_path, task=job.task)
+        else:
+            save_adapter(adapter, folder=draft, base=base, peft=peft, name=job.model.model_name_or_path, task=job.task)
         if card:
             write_atomic(draft / "README.md", card.encode())
         shutil.rmtree(folder, ignore_errors=True)
@@ -163,6 +173,38 @@ def own_adapters(run: Path, job: Job) -> dict[str, Path]:
         return {}
     folders = {party: own_adapter(run, party) for party in job.trainers}
     return {party: folder for party, folder in folders.items() if (folder / WEIGHTS).is_file()}
+
+
+def whereabouts(run: Path, job: Job) -> str:
+    """Return who has what of a run, and where; empty where one adapter is delivered to all, or each party has its own.
+
+    Args:
+        run: The run folder.
+        job: Its job.
+    """
+    if getattr(job.federation, "deliver_to_clients", "adapter") == "adapter":
+        return ""
+    told, owner = job.table_line().delivered(job.federation), job.federation.model_dump()["owner"]
+    name = OWNERS_MODEL if job.federation.model_dump()["deliver_to_owner"] == "model" else "adapter"
+    folder = run / "parties" / owner / name
+    place = f"in {folder}" if folder.is_dir() else f"at the owner's site, in parties/{owner}/{name} of the run folder"
+    return f"{told} That is {place}."
+
+
+def need_adapter(run: Path, job: Job) -> None:
+    """Raise where a job leaves no adapter for the base model, so that there is nothing to judge or to take away.
+
+    Args:
+        run: The run folder.
+        job: Its job.
+
+    Raises:
+        ConfigError: `BAD_COMBINATION`.
+    """
+    if where := whereabouts(run, job):
+        what = f"the run leaves no adapter for its base model. {where}"
+        fix = f"the owner's model loads with from_pretrained; `fedllm report {run}` has the losses of both"
+        raise ConfigError("BAD_COMBINATION", what, where="federation.deliver_to_clients", fix=fix)
 
 
 def of_rank(peft: PeftSettings, rank: int) -> PeftSettings:

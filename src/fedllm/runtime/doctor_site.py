@@ -272,11 +272,17 @@ def examine_job(job: Job, party_file: Path, *, site: Path | None = None) -> list
         party_file: The site's own file.
         site: The site's folder; by default `site-NAME` beside the file.
     """
-    from fedllm.job.approval import admit
+    from fedllm.runtime.site import awaits_package
     from fedllm.runtime.validate import validate
 
     party, _ = load_model(Party, party_file, overrides=[])
     located = LocatedParty(party=party, base_dir=party_file.resolve().parent)
+    if awaits_package(job, located):
+        what = f"the base model is still to come from {job.sender}, with the run"
+        return [
+            Finding("package", "ok", what),
+            *_approved(job, party_file, party, site or site_folder(party_file, party.name)),
+        ]
     try:
         facts = validate(job, [located])
     except FedllmError as error:
@@ -285,16 +291,21 @@ def examine_job(job: Job, party_file: Path, *, site: Path | None = None) -> list
     for name in ("base", "tokenizer", "template"):
         found.append(Finding(f"{name} digest", "ok", f"{facts.digests[name]}, which all sites must have"))
     found.append(_model_memory(job, sum(weight.numel() for weight in facts.skeleton.model.parameters())))
-    folder = site_folder(party_file, party.name) if site is None else site
+    return [*found, *_approved(job, party_file, party, site or site_folder(party_file, party.name))]
+
+
+def _approved(job: Job, party_file: Path, party: Party, folder: Path) -> list[Finding]:
+    from fedllm.job.approval import admit
+
     with suppress(IdentityError):
         kit = open_kit(folder)
         try:
             admit(job, party, folder=folder, verify=kit.roster.verify, project=kit.project)
-            found.append(Finding("approval", "ok", "the job may run here"))
+            return [Finding("approval", "ok", "the job may run here")]
         except PolicyError as error:
             fix = f"`fedllm approve JOB --party {party_file}`"
-            found.append(Finding("approval", "warn", f"[{error.code}] {error.what}", fix))
-    return found
+            return [Finding("approval", "warn", f"[{error.code}] {error.what}", fix)]
+    return []
 
 
 def _model_memory(job: Job, num_parameters: int) -> Finding:
@@ -320,7 +331,8 @@ def examine_submission(job: Job, project_file: Path) -> list[Finding]:
     from fedllm.models.load import find_base
 
     project = Project.from_yaml(project_file)
-    found = [_tried("base model", lambda: str(find_base(job.model, base_dir=job.base_dir)))]
+    found = [Finding("base model", "ok", f"its config comes from {job.sender}, with the run")] if job.sender else []
+    found = found or [_tried("base model", lambda: str(find_base(job.model, base_dir=job.base_dir)))]
     if strangers := [party for party in job.parties if party not in project.parties]:
         what = f"no party of the project: {', '.join(strangers)}"
         found.append(Finding("parties", "fault", what, f"add them to {project_file} and provision, or change the job"))

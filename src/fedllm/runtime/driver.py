@@ -5,24 +5,26 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fedllm.errors import FedllmError, ModelError, PayloadError, RunFailed, RunPaused, StateLost
+from fedllm.errors import ModelError, PayloadError, RunPaused, StateLost
 from fedllm.runs.checkpoint import Generations
 from fedllm.runs.folder import RunFolder
 from fedllm.runs.jsonl import finite
 from fedllm.runtime.base import Done, Hello, Ready, Restore, Timings, Witness
-from fedllm.runtime.federation import LinkedFederation
+from fedllm.runtime.bytes_after import counted_after
+from fedllm.runtime.federation import LinkedFederation, parties_error
 from fedllm.runtime.guard import Auditor
 from fedllm.runtime.notary import Notary
 from fedllm.scenarios.base import RoundResult, Row, ServerHalf, State
 from fedllm.wire.payload import Failure, Payload
 
+if TYPE_CHECKING:
+    from fedllm.runtime.courier import Courier
+
 # Keys of the saved fields that belong to the driver, not to the scenario.
 _TRAINED, _ROWS = "driver/trained", "driver/rows"
 
-# What a party may refuse for that is no fault of the job.
-_CURABLE = {"NOT_APPROVED", "DISK_FULL", "ROUND_TIMEOUT", "DATA_NOT_FOUND", "MODEL_NOT_FOUND"}
 
 OnRound = Callable[[int, list[Row]], None]
 
@@ -47,6 +49,7 @@ class Driver:
     on_ready: Callable[[Ready], None] = lambda ready: None
     auditor: Auditor | None = None
     notary: Notary | None = None
+    courier: Courier | None = None
 
     def drive(self) -> Outcome:
         """Return the outcome after the last round, starting or resuming as the run folder says.
@@ -56,6 +59,8 @@ class Driver:
             RunFailed: It would fail again.
             StateLost: Every checkpoint is damaged.
         """
+        if self.courier:
+            self.courier.deliver(self.federation)
         state, failures = self._open(), dict[str, str]()
         if self.notary:
             self.notary.open(self.federation)
@@ -90,7 +95,8 @@ class Driver:
             self.auditor.committed(number, digest)
             self._exchange_heads(number)
         if self.notary:
-            self.notary.committed(self.federation, number, digest)
+            with counted_after(self.run, self.federation, number):
+                self.notary.committed(self.federation, number, digest)
 
     def _exchange_heads(self, number: int) -> None:
         assert self.auditor is not None  # noqa: S101
@@ -126,7 +132,7 @@ class Driver:
         ready = self._handshake(hello)
         agreed = ready[self.federation.parties[0]]
         self.on_ready(agreed)
-        self.federation.expect(agreed.manifest)
+        self.federation.expect(agreed.tensors())
         number = _common_round(ready, rounds)
         self._settle_journal(number if candidates else None)
         # Without a checkpoint not even round 0 is committed, and what the parties noted of it is forgotten.
@@ -179,7 +185,7 @@ class Driver:
             else:
                 ready[reply.party] = _expected(reply.party, reply.payload, Ready)
         if refused:
-            raise _parties_error(refused)
+            raise parties_error(refused)
         first = self.federation.parties[0]
         for party in self.federation.parties:
             if party not in ready:
@@ -200,27 +206,10 @@ def _trained(state: State) -> dict[str, int]:
 
 def _expected(party: str, payload: Payload, cls: type[Any]) -> Any:
     if isinstance(payload, Failure):
-        raise _parties_error({party: payload.code})
+        raise parties_error({party: payload.code})
     if not isinstance(payload, cls):
         raise PayloadError("PAYLOAD_REFUSED", "another answer than the handshake asks for", where=party)
     return payload
-
-
-def _parties_error(refused: dict[str, str]) -> FedllmError:
-    """Return one error for all parties that cannot take part.
-
-    Args:
-        refused: Party -> code.
-    """
-    # What no person at the site can cure comes first; the run waits for the rest.
-    order = sorted(refused, key=lambda party: (refused[party] in _CURABLE, refused[party], party))
-    code = refused[order[0]]
-    same = [party for party in order if refused[party] == code]
-    others = "".join(f"; {party}: {refused[party]}" for party in order if party not in same)
-    what = f"{'the party' if len(same) == 1 else 'these parties'} cannot take part{others}"
-    error = RunPaused if code in _CURABLE else RunFailed
-    fix = "see the party's own log; then `fedllm resume RUN`"
-    return error(code, what, where=f"party {', '.join(same)}", fix=fix)
 
 
 def _common_round(ready: dict[str, Ready], rounds: list[int]) -> int:
@@ -236,7 +225,7 @@ def _common_round(ready: dict[str, Ready], rounds: list[int]) -> int:
 
 
 def _check_agreement(first: str, expected: Ready, party: str, found: Ready) -> None:
-    names = ("base_digest", "tokenizer_digest", "template_digest", "common_digest", "manifest", "versions")
+    names = ("base_digest", "tokenizer_digest", "template_digest", "common_digest", "manifest", "beside", "versions")
     for name in names:
         if getattr(found, name) != getattr(expected, name):
             raise ModelError(

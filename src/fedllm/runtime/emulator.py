@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,9 @@ from fedllm.data.read import read_examples
 from fedllm.data.tokens import TokenisedExample
 from fedllm.disk import disk_error
 from fedllm.errors import ConfigError, EmulatorRefused, ModelError
-from fedllm.job.job import Job, LocatedParty, load_parties
+from fedllm.job.job import Job, LocatedParty, load_parties, load_party
 from fedllm.models.blocks import cuts_of
-from fedllm.models.emulator import MEASURED_WAYS, choose, middle_parameters, profile, share_repeated, sliced
+from fedllm.models.emulator import MEASURED_WAYS, middle_parameters, share_repeated, sliced
 from fedllm.models.emulator_settings import EmulatorSettings
 from fedllm.models.full import FullModel
 from fedllm.models.load import Base, find_base, load_base
@@ -25,7 +26,7 @@ from fedllm.models.scan import Match, matches, secret_tensors
 from fedllm.runtime.emulator_check import Bench, Figures, Verdict, measure, verdict
 from fedllm.runtime.site import data_settings, owners_model, party_examples, tokens_of
 from fedllm.scenarios.base import TokenData
-from fedllm.train.distil import Distillation, distil, public_batches
+from fedllm.train.distil import Distillation, chosen, distil
 
 Say = Callable[[str], None]
 
@@ -85,6 +86,38 @@ def owner_of(job: Job, parties: list[LocatedParty] | None = None) -> Owner:
     full, settings = owners_model(job, [located]), located.party.emulator
     assert full is not None and settings is not None  # noqa: S101
     return Owner(job, located, settings, full)
+
+
+def owner_without_job(party_file: Path, *, output: Path, overrides: list[str]) -> Owner:
+    """Return the owner's side where there is no job yet: what a job would say is as `assumed` shows.
+
+    Args:
+        party_file: The owner's own file.
+        output: Where the package goes.
+        overrides: `key.path=value` settings of the job that is assumed.
+
+    Raises:
+        ConfigError: A file is wrong, or `BAD_COMBINATION`: it does not say where the whole model is.
+    """
+    located = load_party(party_file)
+    name = located.party.name
+    filled = [f"federation.owner={name}", f"parties=[{name}, {'rest' if name == 'others' else 'others'}]"]
+    filled.append(f"model.model_name_or_path={output.resolve()}")
+    with as_file(files("fedllm") / "assets" / "emulator_job.yaml") as path:
+        job = Job.from_yaml(path, overrides=[*filled, *overrides])
+    return owner_of(job.located(located.base_dir), [located])
+
+
+def assumed(job: Job) -> dict[str, Any]:
+    """Return what a job that was assumed says and the check depends on.
+
+    Args:
+        job: The job.
+    """
+    train, told = job.train, ("learning_rate", "lr_scheduler_type", "per_device_train_batch_size")
+    settings: dict[str, Any] = {f"train.{name}": getattr(train, name) for name in told}
+    tuned = {f"peft.{name}": value for name, value in job.peft.model_dump(mode="json").items() if value}
+    return tuned | settings | {"data.max_length": job.data.max_length, "seed": job.seed}
 
 
 def build(owner: Owner, *, output: Path | None = None, say: Say = lambda text: None) -> Report:
@@ -172,11 +205,9 @@ def make_package(owner: Owner, folder: Path, *, say: Say = lambda text: None) ->
     base = owner.full.load()
     pad_id = base.tokenizer.pad_token_id
     public = public_tokens(owner, base) if settings.public else []
-    profiles = None
     if settings.way in MEASURED_WAYS:
         say("measuring blocks")
-        profiles = profile(base.model, public_batches(public, pad_id=pad_id, batch_size=settings.distil_batch_size))
-    slots = choose(base.model, owner.full.cut, way=settings.way, keep=settings.middle, profiles=profiles)
+    slots = chosen(base.model, owner.full.cut, settings, public, pad_id=pad_id)
     model = sliced(base.model, slots, owner.full.cut)
     if settings.distil_steps:
         say(f"distilling, {settings.distil_steps} steps")
@@ -217,13 +248,8 @@ def _scanned(owner: Owner, folder: Path) -> tuple[Match, ...]:
     Which blocks stand in a package is known from its tensors: those that are equal to a block of the whole model.
     """
     base, settings = owner.full.load(), owner.settings
-    if settings.way in MEASURED_WAYS:
-        public = public_tokens(owner, base)
-        batches = public_batches(public, pad_id=base.tokenizer.pad_token_id, batch_size=settings.distil_batch_size)
-        profiles = profile(base.model, batches)
-    else:
-        profiles = None
-    slots = choose(base.model, owner.full.cut, way=settings.way, keep=settings.middle, profiles=profiles)
+    public = public_tokens(owner, base) if settings.public else []
+    slots = chosen(base.model, owner.full.cut, settings, public, pad_id=base.tokenizer.pad_token_id)
     secret = secret_tensors(base.model, slots, owner.full.cut)
     allowed = {name: t for name, t in base.model.state_dict().items() if name not in secret}
     return tuple(matches(package_tensors(folder), secret, allowed=allowed))

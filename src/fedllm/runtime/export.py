@@ -13,7 +13,7 @@ from fedllm.job.job import Job
 from fedllm.models.deliver import WEIGHTS, merged
 from fedllm.models.load import load_base
 from fedllm.runs.plan_files import read_plan
-from fedllm.runtime.delivery import COPY, own_adapters
+from fedllm.runtime.delivery import COPY, need_adapter, own_adapters
 from fedllm.runtime.site import base_folder
 
 
@@ -31,6 +31,7 @@ def export(run: Path, output: Path, *, merge: bool, party: str | None = None) ->
             `BAD_VALUE`: the run has no adapter of that party, or only such.
     """
     job, parties = read_plan(run)
+    need_adapter(run, job)
     adapter = _adapter(run, job, party)
     if not (adapter / WEIGHTS).is_file():
         raise ConfigError(

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from fedllm.aggregate.total import GridSum
-from fedllm.errors import CODES, PayloadError
-from fedllm.runtime.base import HANDSHAKE, SERVER, Link, Timings, max_message_bytes
+from fedllm.errors import CODES, FedllmError, PayloadError, RunFailed, RunPaused
+from fedllm.runtime.base import SERVER, Link, Timings, max_message_bytes
 from fedllm.runtime.freshness import EPOCH_BITS
-from fedllm.runtime.sum_messages import SUM_KINDS
+from fedllm.runtime.kinds import AROUND
 from fedllm.runtime.sum_party import SumTerms
 from fedllm.runtime.sum_server import Answers, SecureTotal
 from fedllm.scenarios.base import Decode, Manifests, Reply, Summand, Total, as_it_is, manifest_for
@@ -19,6 +19,9 @@ from fedllm.wire.ledger import ByteLedger
 from fedllm.wire.payload import Envelope, Failure, Manifest, Payload
 
 Notify = Callable[[str, str, int], None]
+
+# What a party may refuse for that is no fault of the job.
+_CURABLE = {"NOT_APPROVED", "DISK_FULL", "ROUND_TIMEOUT", "RUN_EXISTS", "DATA_NOT_FOUND", "MODEL_NOT_FOUND"}
 
 
 class LinkedFederation:
@@ -38,7 +41,7 @@ class LinkedFederation:
         timeout_s: float,
         notify: Notify = lambda event, party, round_: None,
     ) -> None:
-        self._link, self._seal, self._kinds = link, link.seal, dict(kinds) | HANDSHAKE | SUM_KINDS
+        self._link, self._seal, self._kinds = link, link.seal, dict(kinds) | AROUND
         self._job_digest, self._run_id, self._timeout_s = job_digest, run_id, timeout_s
         self._notify = notify
         # With these terms, what is private to a party is summed securely.
@@ -232,3 +235,20 @@ def _fold(grid: GridSum, party: str, payload: Payload, manifest: Manifest, decod
         raise PayloadError("PAYLOAD_REFUSED", "the answer is not a summand", where=party)
     check_manifest(payload.tensors, manifest, sender=party)
     grid.add(decode(party, payload.tensors), weight=payload.weight, counts=payload.counts, sender=party)
+
+
+def parties_error(refused: dict[str, str]) -> FedllmError:
+    """Return one error for all parties that cannot take part.
+
+    Args:
+        refused: Party -> code.
+    """
+    # What no person at the site can cure comes first; the run waits for the rest.
+    order = sorted(refused, key=lambda party: (refused[party] in _CURABLE, refused[party], party))
+    code = refused[order[0]]
+    same = [party for party in order if refused[party] == code]
+    others = "".join(f"; {party}: {refused[party]}" for party in order if party not in same)
+    what = f"{'the party' if len(same) == 1 else 'these parties'} cannot take part{others}"
+    error = RunPaused if code in _CURABLE else RunFailed
+    fix = "see the party's own log; then `fedllm resume RUN`"
+    return error(code, what, where=f"party {', '.join(same)}", fix=fix)

@@ -13,7 +13,6 @@ from fedllm.errors import FedllmError, PayloadError
 from fedllm.runs.checkpoint import Generations
 from fedllm.runs.metrics import RowFile
 from fedllm.runtime.base import (
-    HANDSHAKE,
     SERVER,
     Copy,
     Done,
@@ -27,8 +26,10 @@ from fedllm.runtime.base import (
     max_message_bytes,
 )
 from fedllm.runtime.freshness import Freshness
+from fedllm.runtime.kinds import AROUND
+from fedllm.runtime.package_messages import PACKAGE_REQUESTS
 from fedllm.runtime.signatory import Signatory
-from fedllm.runtime.sum_messages import SUM_KINDS, SUM_REQUESTS
+from fedllm.runtime.sum_messages import SUM_REQUESTS
 from fedllm.runtime.sum_party import PartySums
 from fedllm.scenarios.base import ClientHalf, Log, Row
 from fedllm.wire.blob import Blob, in_memory
@@ -61,6 +62,18 @@ class Blobs:
         self.held.clear()
 
 
+class PackageDesk(Protocol):
+    """A party's part when a package goes over the wire: see `fedllm.runtime.package_party`."""
+
+    def answer(self, request: Payload) -> Payload:
+        """Return the answer to one request."""
+        ...
+
+    def close(self) -> None:
+        """Let go of what is under way."""
+        ...
+
+
 class Guards(Protocol):
     """Stands before a party: `fedllm.runtime.guard.Guard`. Where it raises, nothing is done and nothing leaves."""
 
@@ -89,7 +102,7 @@ class PartyHost:
     Between machines messages are signed as `seal` says, `fetch` pulls a request's tensors, and `keep` puts an answer's
     where they can be pulled. `codec_down` is that of changes to the tensors that were received before.
     With `sums`, what is private leaves masked, or not at all. `signatory` signs the log of commitments of a model that
-    is claimed, and `take_copy` writes the party's own copy of the adapter.
+    is claimed, `take_copy` writes the party's own copy of the adapter, and `package` gives or takes the base model.
     """
 
     party: str
@@ -110,6 +123,7 @@ class PartyHost:
     sums: PartySums | None = None
     signatory: Signatory | None = None
     take_copy: Callable[[Tensors], None] | None = None
+    package: PackageDesk | None = None
     client: ClientHalf | None = None
     _rows: list[Row] = field(default_factory=list)
     _last: int = 0
@@ -135,7 +149,7 @@ class PartyHost:
             frame = self._whole(frame)
             self.blobs.keep(frame)
             deadline = time.monotonic() + timeout_s
-            payload = self._answer(decode(frame, dict(self.kinds) | HANDSHAKE | SUM_KINDS), frame, deadline)
+            payload = self._answer(decode(frame, dict(self.kinds) | AROUND), frame, deadline)
         except FedllmError as error:
             self._note_refusal(error, frame.envelope.round)
             payload = Failure(code=error.code)
@@ -153,7 +167,7 @@ class PartyHost:
 
     def _whole(self, frame: Frame) -> Frame:
         size = max(frame.blob_size, frame.patch_size) - self.room
-        if size > max_message_bytes({}) and size > max_message_bytes(self.ready([]).manifest):
+        if size > max_message_bytes({}) and size > max_message_bytes(self.ready([]).tensors()):
             raise PayloadError("PAYLOAD_REFUSED", f"tensors of {size + self.room} bytes", where=frame.envelope.sender)
         held = self.blobs.held
         if not frame.blob_digest or frame.blob or frame.blob_digest in held:
@@ -205,6 +219,8 @@ class PartyHost:
                 return self.guard.witness(request, round_=round_) if self.guard else Witness(heads={})
             case ShowCommitment() | SignHead() if self.signatory:
                 return self.signatory.answer(request)
+        if self.package and isinstance(request, PACKAGE_REQUESTS):
+            return self.package.answer(request)
         if self.client is None:
             raise PayloadError("PAYLOAD_REFUSED", "a request before the handshake", where=self.party)
         if isinstance(request, Copy) and self.take_copy:

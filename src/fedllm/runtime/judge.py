@@ -19,7 +19,7 @@ from fedllm.job.job import Job
 from fedllm.models.deliver import read_adapter
 from fedllm.runs.folder import attach, run_identity
 from fedllm.runs.plan_files import read_plan
-from fedllm.runtime.delivery import own_adapters
+from fedllm.runtime.delivery import need_adapter, own_adapters
 from fedllm.runtime.site import Site, common_examples, data_settings, open_site
 from fedllm.tasks import CLASSIFICATION
 from fedllm.wire.payload import Tensors
@@ -126,10 +126,11 @@ def evaluate_run(path: Path, *, data: Path | None = None) -> list[dict[str, Any]
         data: A test file; by default the job's common test set.
 
     Raises:
-        ConfigError: `RUN_UNFINISHED`, or there is nothing to judge on.
+        ConfigError: `RUN_UNFINISHED`, or there is nothing to judge, or nothing to judge on.
     """
     job, parties = read_plan(path)
     final_tensors(path, job)
+    need_adapter(path, job)
     if data is None and job.evaluate.test is None:
         raise ConfigError("MISSING_KEY", "the job names no common test set", where="--data", fix="name a test file")
     site = open_site(job, parties)

@@ -9,6 +9,7 @@ from fedllm.runs.folder import RunFolder
 from fedllm.runtime.base import Link, Wanted
 from fedllm.runtime.host import PartyHost
 from fedllm.runtime.opening import open_host, trainer_for
+from fedllm.runtime.package_party import package_desk
 from fedllm.runtime.party_data import check_data_unchanged
 from fedllm.runtime.site import Site
 from fedllm.runtime.sum_keys import SignaturesOf, local_signatures, make_sum_keys, sums_of
@@ -44,7 +45,10 @@ class InProcessLink(Link):
                 yield party, self._hosts[party].handle(messages[party], timeout_s=timeout_s)
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Let go of packages that are under way."""
+        for host in self._hosts.values():
+            if host.package:
+                host.package.close()
 
 
 def local_hosts(
@@ -78,4 +82,5 @@ def local_hosts(
         make_sum_keys(site.job, run)
     for party, host in hosts.items():
         host.sums = sums_of(site.job, run, party, signatures or partial(local_signatures, run))
+        host.package = package_desk(site, run, party, signatures or partial(local_signatures, run))
     return hosts

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedllm.errors import ConfigError, ModelError
-from fedllm.job.job import Job, LocatedParty
-from fedllm.job.ownership import claim_folder
+from fedllm.job.job import Job
 from fedllm.models.adapter import TunableModel
-from fedllm.ownership.claims import Claim, MarkSite, new_bits, new_secret
+from fedllm.ownership.claims import BOUND, KEYED, Claim, MarkSite, new_bits, new_secret
+from fedllm.ownership.directions import directed
+from fedllm.ownership.log import broken, read_log
 from fedllm.ownership.marks import Mark, mark_sites, num_free
 from fedllm.ownership.triggers import make_triggers
 from fedllm.train.corrections import Correction
@@ -29,6 +32,7 @@ def new_claim(job: Job, party: str, *, base_digest: str, sites: tuple[MarkSite, 
     """
     settings, key_seed = job.ownership, new_secret()
     return Claim(
+        form=KEYED if settings.carrier == "none" else BOUND,
         party=party,
         job_digest=job.digest,
         base_digest=base_digest,
@@ -80,13 +84,16 @@ def capacity(job: Job, tunable: TunableModel) -> int:
     return num_free(mark_sites(tunable, carrier), rank=rank, only_b=only_b)
 
 
-def pull_of(site: Site, party: str, folder: ClaimFolder) -> Correction | None:
+def pull_of(site: Site, party: str, folder: ClaimFolder, copy: Path) -> Correction | None:
     """Return what a claimant adds to the gradient of each of its steps; None where the job has no carrier.
+
+    Where the bits are follows from the log, which all parties sign before the first step.
 
     Args:
         site: What the process shares.
         party: The claimant.
         folder: Its folder of claims.
+        copy: Its copy of the log of commitments.
 
     Raises:
         ConfigError: `OWNERSHIP_UNCOMMITTED`.
@@ -105,26 +112,12 @@ def pull_of(site: Site, party: str, folder: ClaimFolder) -> Correction | None:
         )
     if job.ownership.carrier == "none":
         return None
-    return Mark(claim, site.model, site.model.initial(job.seed)).pull(job.ownership)
 
+    @cache
+    def pull() -> Correction:
+        known = directed(claim, read_log(copy))
+        if known is None:
+            raise broken("it does not say where the bits of the party's claim are", copy)
+        return Mark(known, site.model, site.model.initial(job.seed)).pull(job.ownership)
 
-def claims_foreseen(job: Job, parties: list[LocatedParty], tunable: TunableModel) -> tuple[str, ...]:
-    """Return who will claim the model, with what, and who has committed already, in sentences; none without claims.
-
-    Args:
-        job: The job.
-        parties: The parties of this machine.
-        tunable: The model with its tuning method; a skeleton will do.
-    """
-    settings = job.ownership
-    if not settings.enabled:
-        return ()
-    room = f"{len(settings.claimants) * settings.num_bits} bits in all, with room for {capacity(job, tunable):,}"
-    found = [f"{', '.join(settings.claimants)} claim the model: {settings.num_bits} bits each ({room})"]
-    for located in parties:
-        if located.party.name in settings.claimants:
-            state = (
-                "has committed" if claim_folder(located).commitment_file(job.digest).exists() else "has NOT committed"
-            )
-            found.append(f"{located.party.name} {state}")
-    return tuple(found)
+    return lambda rate: pull()(rate)

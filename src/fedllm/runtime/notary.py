@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from fedllm.errors import FedllmError, RunFailed, RunPaused
 from fedllm.job.job import Job
 from fedllm.ownership.commitments import Commitment
+from fedllm.ownership.directions import is_share
 from fedllm.ownership.keys import is_signed
 from fedllm.ownership.log import (
     FOLDER,
@@ -20,6 +21,7 @@ from fedllm.ownership.log import (
     party_entry,
     read_log,
     round_entry,
+    share_entry,
 )
 from fedllm.runs.folder import RunFolder, now
 from fedllm.runtime.base import HeadSigned, ShowCommitment, Shown, SignHead
@@ -45,7 +47,7 @@ class Notary:
         return self.run.path / FOLDER
 
     def open(self, federation: LinkedFederation) -> None:
-        """Collect keys and commitments before round 0, and have the log signed; nothing where that is done.
+        """Collect keys and commitments before round 0, then shares, and have both signed; nothing where that is done.
 
         Args:
             federation: The parties.
@@ -54,8 +56,30 @@ class Notary:
             RunFailed: `OWNERSHIP_UNCOMMITTED`, or `BAD_SIGNATURE`; `OWNERSHIP_BROKEN` where a party refuses to sign.
             RunPaused: A party did not answer.
         """
-        if read_log(self.folder).heads:
+        log = read_log(self.folder)
+        if log.has("round"):
             return
+        if not log.has("share"):
+            log = self._shared(federation, log if log.heads else self._shown(federation))
+            # Kept before it is signed: the parties' shares cannot change, and a crash may come in between.
+            log.write(self.folder)
+        if log.heads[-1].head.size < len(log.entries):
+            self._by_all(self._sign(federation, log, 0)[0], federation).write(self.folder)
+
+    def _shared(self, federation: LinkedFederation, log: OwnershipLog) -> OwnershipLog:
+        signed, shares = self._sign(federation, log, 0)
+        signed = self._by_all(signed, federation)
+        if missing := [party for party in federation.parties if party not in shares]:
+            what = "its share is not its signature of the log's root"
+            raise RunFailed("BAD_SIGNATURE", what, where=f"party {', '.join(missing)}")
+        return signed.with_entries(*(share_entry(party, shares[party]) for party in federation.parties))
+
+    def _by_all(self, log: OwnershipLog, federation: LinkedFederation) -> OwnershipLog:
+        if missing := [party for party in federation.parties if party not in log.heads[-1].signatures]:
+            raise RunPaused("QUORUM", "the log of commitments is not signed", where=f"party {', '.join(missing)}")
+        return log
+
+    def _shown(self, federation: LinkedFederation) -> OwnershipLog:
         shown: dict[str, Shown] = {}
         for reply in federation.ask(ShowCommitment(), round_=0, to=federation.parties):
             if not isinstance(reply.payload, Shown):
@@ -64,10 +88,7 @@ class Notary:
         order = [party for party in federation.parties if party in shown]
         keys = [party_entry(party, shown[party].public_key) for party in order]
         commitments = [commitment_entry(self._commitment(name, shown.get(name))) for name in self.claimants]
-        log = self._sign(federation, OwnershipLog((*keys, *commitments)), 0)
-        if missing := [party for party in federation.parties if party not in log.heads[0].signatures]:
-            raise RunPaused("QUORUM", "the log of commitments is not signed", where=f"party {', '.join(missing)}")
-        log.write(self.folder)
+        return OwnershipLog((*keys, *commitments))
 
     def _commitment(self, party: str, shown: Shown | None) -> Commitment:
         where = f"party {party}"
@@ -102,14 +123,17 @@ class Notary:
             RunFailed: `OWNERSHIP_BROKEN`: a party found that the log does not follow on what it signed.
         """
         log = read_log(self.folder).with_entries(round_entry(number, checkpoint))
-        self._sign(federation, log, number).write(self.folder)
+        self._sign(federation, log, number)[0].write(self.folder)
 
-    def _sign(self, federation: LinkedFederation, log: OwnershipLog, number: int) -> OwnershipLog:
+    def _sign(
+        self, federation: LinkedFederation, log: OwnershipLog, number: int
+    ) -> tuple[OwnershipLog, dict[str, str]]:
         head = log.head(number, now(), run_id=self.run.run_id, job_digest=self.run.job_digest)
         requests: dict[str, Payload] = {
             party: _request(log, head.model_dump_json(), party) for party in federation.parties
         }
         signatures: dict[str, str] = {}
+        shares: dict[str, str] = {}
         for reply in federation.ask(requests, round_=number, to=federation.parties):
             found = reply.payload
             key = log.keys().get(reply.party, "")
@@ -117,7 +141,9 @@ class Notary:
                 raise _failed(reply.party, found)
             if isinstance(found, HeadSigned) and is_signed(key, head.text(), found.signature, purpose=HEAD_PURPOSE):
                 signatures[reply.party] = found.signature
-        return log.with_head(SignedHead(head=head, signatures=signatures))
+                if is_share(key, log.first_root(), found.share):
+                    shares[reply.party] = found.share
+        return log.with_head(SignedHead(head=head, signatures=signatures)), shares
 
 
 def _request(log: OwnershipLog, head: str, party: str) -> SignHead:

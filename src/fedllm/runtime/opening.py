@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from fedllm.errors import ConfigError
 from fedllm.job.job import Job
+from fedllm.ownership.log import FOLDER
 from fedllm.privacy.budget import PURSE_FOLDER, Budget, Purse
 from fedllm.runs.folder import RunFolder
 from fedllm.runs.plan_files import versions
@@ -53,11 +55,13 @@ def need_private(trainer: LocalTrainer) -> None:
         )
 
 
-def _pull(site: Site, party: str) -> Correction | None:
+def _pull(site: Site, party: str, run: RunFolder) -> Correction | None:
     """Return what a claimant's marks add to each of its steps."""
     if party not in site.job.ownership.claimants or party not in site.claims:
         return None
-    return together(pull_of(site, party, site.claims[party]), trigger_pull(site, party))
+    return together(
+        pull_of(site, party, site.claims[party], run.path / "parties" / party / FOLDER), trigger_pull(site, party)
+    )
 
 
 def _budget(site: Site, name: str, run: RunFolder) -> Budget | None:
@@ -69,6 +73,13 @@ def _budget(site: Site, name: str, run: RunFolder) -> Budget | None:
     return Budget(purse, party=name, run_id=run.run_id, folder=own, trained=run.party_states(name).present())
 
 
+def _of_the_owner(site: Site, name: str) -> dict[str, Any]:
+    """Return what only the owner of an emulator's whole model may use."""
+    if name != getattr(site.job.federation, "owner", None):
+        return {}
+    return {"full": site.full, "emulator": site.emulator, "public": site.public}
+
+
 def _ready(site: Site, rounds: list[int]) -> Ready:
     return Ready(
         base_digest=site.base.digest,
@@ -76,6 +87,7 @@ def _ready(site: Site, rounds: list[int]) -> Ready:
         template_digest=site.template_digest,
         common_digest=site.common_digest,
         manifest=site.model.manifest,
+        beside=site.job.table_line().beside(site.job.federation, site.model),
         versions=versions(),
         rounds=rounds,
     )
@@ -107,7 +119,7 @@ def open_host(
     job, line = site.job, site.job.table_line()
     if job.privacy.differential_privacy.is_local:
         need_private(trainer)
-    budget, pull = _budget(site, name, run), _pull(site, name)
+    budget, pull = _budget(site, name, run), _pull(site, name, run)
 
     def open_client(log: Log) -> ClientHalf:
         context = ClientContext(
@@ -128,7 +140,7 @@ def open_host(
             deliver=partial(site.deliver or deliver_own, site, run, name),
             budget=budget,
             pull=pull,
-            full=site.full if name == getattr(job.federation, "owner", None) else None,
+            **_of_the_owner(site, name),
         )
         return line.client(context)
 

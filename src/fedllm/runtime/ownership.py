@@ -13,11 +13,13 @@ from fedllm.job.job import Job, LocatedParty
 from fedllm.job.ownership import claim_folder
 from fedllm.models.adapter import skeleton
 from fedllm.models.digest import base_digest
-from fedllm.ownership.claims import Claim, load_claim
+from fedllm.ownership.claims import Claim, find_claim, load_claim, stamp_file
 from fedllm.ownership.commitments import Commitment
+from fedllm.ownership.directions import directed
 from fedllm.ownership.disputes import standing
 from fedllm.ownership.endpoint import Endpoint
 from fedllm.ownership.log import OwnershipLog, check_log, find_log, read_log
+from fedllm.ownership.stamps import read_certificates, with_stamp
 from fedllm.ownership.suspect import check_base, open_suspect
 from fedllm.ownership.triggers import read_text
 from fedllm.ownership.verify import Reading, Verdict, judge, read_marks
@@ -71,7 +73,8 @@ class Evidence:
 
     `base` is the base model's folder, which a whole model and norms are read against. `seen` is when the suspect was
     first seen, and `keys` are fingerprints of parties' keys that are known by other ways than the logs. `endpoint` is
-    where the suspect can be asked.
+    where the suspect can be asked. `authorities` are certificates of time stamping authorities that the arbiter trusts;
+    without any, the chains of time stamps are not verified.
     """
 
     claims: Sequence[Path]
@@ -80,6 +83,7 @@ class Evidence:
     seen: datetime | None = None
     keys: Mapping[str, str] = field(default_factory=dict)
     endpoint: Endpoint | None = None
+    authorities: Sequence[Path] = ()
 
 
 def verify(model: Path | None, evidence: Evidence) -> list[Verdict]:
@@ -97,27 +101,32 @@ def verify(model: Path | None, evidence: Evidence) -> list[Verdict]:
         StateLost: `OWNERSHIP_BROKEN`.
     """
     claims = [load_claim(path) for path in evidence.claims]
+    trusted = read_certificates(evidence.authorities)
     if evidence.base:
         for expected in sorted({claim.base_digest for claim in claims}):
             check_base(evidence.base, expected)
     logs = _logs(evidence)
-    standings = [
-        standing(claim, log, seen=evidence.seen, keys=evidence.keys) if log else None
-        for claim, log in zip(claims, logs, strict=True)
-    ]
-    return judge(claims, standings, _readings(model, evidence, claims))
+    standings = []
+    for path, claim, log in zip(evidence.claims, claims, logs, strict=True):
+        found = standing(claim, log, seen=evidence.seen, keys=evidence.keys) if log else None
+        standings.append(with_stamp(found, claim, stamp_file(find_claim(path)), trusted) if found else None)
+    return judge(claims, standings, _readings(model, evidence, claims, logs))
 
 
-def _readings(model: Path | None, evidence: Evidence, claims: Sequence[Claim]) -> Callable[[Claim], Sequence[Reading]]:
+def _readings(
+    model: Path | None, evidence: Evidence, claims: Sequence[Claim], logs: Sequence[OwnershipLog | None]
+) -> Callable[[Claim], Sequence[Reading]]:
     suspected = Suspected(model, evidence.base, evidence.endpoint)
     suspect = open_suspect(model, evidence.base) if model else None
     # An adapter writes nothing without its base; then its bits must do.
     writes = any(claim.triggers and (evidence.endpoint or evidence.base or not claim.bits) for claim in claims)
     ask = suspected.asker() if writes or suspect is None else None
+    drawn = {claim.commitment(): directed(claim, log) for claim, log in zip(claims, logs, strict=True)}
     way = "endpoint" if evidence.endpoint else "generate"
 
     def read(claim: Claim) -> Sequence[Reading]:
-        marks = read_marks(claim, suspect) if suspect else []
+        known = drawn[claim.commitment()]
+        marks = read_marks(known, suspect) if suspect and known else []
         return [*marks, *(read_text(claim, ask, way=way) if ask else [])]
 
     return read

@@ -19,25 +19,31 @@ import torch
 from fedllm.job.job import Job, LocatedParty
 from fedllm.job.policy import Upload
 from fedllm.models.adapter import TunableModel
+from fedllm.models.package_files import PIECE_BYTES, may_travel
 from fedllm.privacy.differential import DifferentialPrivacySettings
+from fedllm.privacy.sealed import OVERHEAD_BYTES
 from fedllm.privacy.settings import PrivacySettings
 from fedllm.runs.folder import RunFolder
+from fedllm.runtime.claims_told import claims_foreseen
 from fedllm.runtime.driver import Driver
 from fedllm.runtime.federation import LinkedFederation
 from fedllm.runtime.local import InProcessLink, local_hosts
-from fedllm.runtime.marks import claims_foreseen
 from fedllm.runtime.noise import NoiseAt, noise_at, steps_per_round, with_earlier
+from fedllm.runtime.notary import notary_of
 from fedllm.runtime.opening import trainer_for
+from fedllm.runtime.rehearsal import rehearse_claims, rehearse_copies
 from fedllm.runtime.site import Site, open_site, party_tokens
 from fedllm.runtime.sum_keys import terms_of
 from fedllm.runtime.validate import Facts, PartyFacts
 from fedllm.scenarios.base import TokenData
 from fedllm.train.base import LocalTrainer, TrainSums, TrainTask
 from fedllm.wire.ledger import ByteLedger
-from fedllm.wire.payload import Tensors
+from fedllm.wire.payload import Manifest, Tensors
 
 _PROBE_STEPS = 3
 _DRY_ROUNDS = 4
+# (party, way) -> bytes.
+_Bytes = dict[tuple[str, str], int]
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,7 @@ class Plan:
     party_memory_bytes: int
     who_learns_what: tuple[str, ...]
     noise: tuple[NoiseAt, ...]
+    package_bytes: int
     ownership: tuple[str, ...]
 
 
@@ -90,8 +97,17 @@ def make_plan(job: Job, parties: list[LocatedParty], facts: Facts) -> Plan:
             if party.party in job.trainers
             if (found := foreseen_noise(job, party, facts.skeleton.num_trainable()))
         ),
+        package_bytes=_package_bytes(job, facts),
         ownership=claims_foreseen(job, parties, facts.skeleton),
     )
+
+
+def _package_bytes(job: Job, facts: Facts) -> int:
+    """Return how long the package is that goes once to each party that lacks it; 0 where none is sent."""
+    if job.sender is None:
+        return 0
+    sizes = [path.stat().st_size for path in facts.folder.iterdir() if path.is_file() and may_travel(path.name)]
+    return sum(sizes) + OVERHEAD_BYTES * -(-sum(sizes) // PIECE_BYTES)
 
 
 class _Rehearsal:
@@ -102,7 +118,7 @@ class _Rehearsal:
     """
 
     def __init__(self, real: TunableModel) -> None:
-        self.manifest = real.manifest
+        self.manifest, self._real = real.manifest, real
         self.trainable = {name: torch.nn.Parameter(spec.zeros()) for name, spec in real.manifest.items()}
         self.model = torch.nn.Linear(1, 1)
         self._reads = 0
@@ -117,6 +133,9 @@ class _Rehearsal:
 
     def write(self, tensors: Tensors) -> None:
         pass
+
+    def beside(self, rank: int) -> Manifest:
+        return self._real.beside(rank)
 
     def only(self, names: Iterable[str]) -> AbstractContextManager[None]:
         return nullcontext()
@@ -152,18 +171,20 @@ def rehearse(job: Job, facts: Facts) -> Traffic:
         facts: From `validate`, for any of its parties.
     """
     # Evaluations come every so many rounds, and some rules do in turns what they do.
-    beats = (getattr(job.federation, name, 1) for name in ("eval_every", "plug_every"))
+    beats = (getattr(job.federation, name, 1) for name in ("eval_every", "plug_every", "realign_every"))
     every = math.lcm(2, *(max(1, beat) for beat in beats))
     rounds = min(job.federation.num_rounds, every + -(-_DRY_ROUNDS // every) * every)
     # Round 1 may differ: nobody holds yet what a change could be made to.
     usual = range(min(rounds, every) + 1, rounds + 1) if rounds > every else range(1, rounds + 1)
-    federation = job.federation.model_copy(update={"num_rounds": rounds})
+    # An emulator is not re-aligned after the last round: that one is rehearsed by itself.
+    more = 1 if getattr(job.federation, "realign_every", 0) and rounds < job.federation.num_rounds else 0
+    federation = job.federation.model_copy(update={"num_rounds": rounds + more})
     # Nothing is trained, so there is nothing to hide, and nothing to pay for.
     privacy = job.privacy.model_copy(update={"differential_privacy": DifferentialPrivacySettings()})
     short = job.model_copy(update={"federation": federation, "privacy": privacy}).located(job.base_dir)
     with tempfile.TemporaryDirectory() as folder:
         run = RunFolder.create(Path(folder) / "run", job_digest=job.digest)
-        ledger = _talk(short, facts, run)
+        ledger, copies = _talk(short, facts, run)
         run.close()
     counts = [ledger.of_round(number) for number in range(1, rounds + 1)]
     later = _Later(counts, every, cache(partial(_growth, job, facts)), len(job.parties))
@@ -174,9 +195,14 @@ def rehearse(job: Job, facts: Facts) -> Traffic:
         for way in ("up", "down")
     )
     ways = set().union(*counts)
-    after = sum(later.of(number, *way) for number in range(rounds + 1, job.federation.num_rounds + 1) for way in ways)
-    total = sum(ledger.of_round(0).values()) + sum(sum(found.values()) for found in counts) + round(after)
-    return Traffic(up=up, down=down, total=total, most_up=_most_up(job, facts, ledger, counts))
+    unlike = range(rounds + 1, job.federation.num_rounds + 1 - more)
+    after = sum(later.of(number, *way) for number in unlike for way in ways)
+    at_the_ends = [ledger.of_round(number) for number in (0, *([rounds + 1] if more else []))]
+    total = sum(sum(found.values()) for found in (*at_the_ends, *counts)) + round(after)
+    # A copy has all that stands beside the adapter by then.
+    grown = _grown(job, facts, job.federation.num_rounds) - _grown(job, facts, rounds) if copies else 0
+    total += sum(copies.values()) + grown * len(job.parties)
+    return Traffic(up=up, down=down, total=total, most_up=_most_up(job, facts, ledger, counts, copies))
 
 
 def _grown(job: Job, facts: Facts, number: int) -> int:
@@ -198,7 +224,7 @@ def _growth(job: Job, facts: Facts, number: int) -> int:
 class _Later:
     """Bytes of any round: those of the rehearsal, and after it those of the last such round and what grew since."""
 
-    counts: list[dict[tuple[str, str], int]]
+    counts: list[_Bytes]
     every: int
     growth: Callable[[int], int]
     num_parties: int
@@ -218,7 +244,7 @@ class _Later:
         return known + (self.growth(number) - self.growth(like)) / self.num_parties if way == "down" else known
 
 
-def _most_up(job: Job, facts: Facts, ledger: ByteLedger, counts: list[dict[tuple[str, str], int]]) -> dict[str, Upload]:
+def _most_up(job: Job, facts: Facts, ledger: ByteLedger, counts: list[_Bytes], copies: _Bytes) -> dict[str, Upload]:
     """Return the most that each party may send.
 
     Any party may be drawn in every round, and then sends what the largest sender of the rehearsal did, but for what
@@ -240,13 +266,17 @@ def _most_up(job: Job, facts: Facts, ledger: ByteLedger, counts: list[dict[tuple
 
     starts = {party: ledger.of_round(0).get((party, "up"), 0) for party in job.parties}
     most = {party: later(party) for party in job.parties}
+    # The last round ends with the receipt of a copy.
+    ends = {party: copies.get((party, "up"), 0) for party in job.parties}
     return {
-        party: Upload(max(start, most[party]), start + most[party] * job.federation.num_rounds)
+        party: Upload(
+            max(start, most[party] + ends[party]), start + most[party] * job.federation.num_rounds + ends[party]
+        )
         for party, start in starts.items()
     }
 
 
-def _talk(job: Job, facts: Facts, run: RunFolder) -> ByteLedger:
+def _talk(job: Job, facts: Facts, run: RunFolder) -> tuple[ByteLedger, _Bytes]:
     from fedllm.models.load import Base
     from fedllm.runtime.host import Blobs
 
@@ -256,15 +286,17 @@ def _talk(job: Job, facts: Facts, run: RunFolder) -> ByteLedger:
     digest = facts.digests["template"]
     site = Site(job, base, facts.folder, model, Blobs({}), [], digest, digest, deliver=lambda *adapter: None)
     data = {party: TokenData([_one_example()] * 8 * (party in job.trainers), [], []) for party in job.parties}
-    link = InProcessLink(local_hosts(site, data, run, trainer=_NoTraining()))
+    hosts = local_hosts(site, data, run, trainer=_NoTraining())
+    rehearse_claims(hosts, job, run)
+    link = InProcessLink(hosts)
     line = job.table_line()
     federation = LinkedFederation(
         link, kinds=line.kinds(), job_digest=run.job_digest, run_id=run.run_id, timeout_s=job.federation.round_timeout
     )
     federation.sums = terms_of(job)
     server = line.server(job.federation, seed=job.seed, common=job.evaluate.test is not None)
-    Driver(run, federation, server, job.federation.num_rounds).drive()
-    return federation.ledger
+    outcome = Driver(run, federation, server, job.federation.num_rounds, notary=notary_of(job, run)).drive()
+    return federation.ledger, rehearse_copies(run, job, federation, server.final(outcome.state)[0])
 
 
 def _one_example() -> Any:

@@ -14,7 +14,6 @@ from fedllm.job.check import check_job
 from fedllm.job.job import Job, LocatedParty, load_parties
 from fedllm.job.ownership import check_committed
 from fedllm.models.digest import file_digest
-from fedllm.models.load import find_base
 from fedllm.runs.card import model_card
 from fedllm.runs.digests import DIGESTS, renew, seal_run
 from fedllm.runs.folder import CANARIES, RunFolder, check_free, run_identity
@@ -23,7 +22,9 @@ from fedllm.runs.metrics import run_rows
 from fedllm.runs.plan_files import read_plan, write_plan, write_provenance
 from fedllm.runs.report import write_report
 from fedllm.runtime.base import Link, Ready
+from fedllm.runtime.bytes_after import counted_after
 from fedllm.runtime.copies import hand_out
+from fedllm.runtime.courier import config_folder, courier_of
 from fedllm.runtime.delivery import own_adapters, write_adapter
 from fedllm.runtime.driver import Driver, Outcome
 from fedllm.runtime.federation import LinkedFederation
@@ -32,7 +33,7 @@ from fedllm.runtime.local import InProcessLink, local_hosts
 from fedllm.runtime.noise import server_budget
 from fedllm.runtime.notary import notary_of
 from fedllm.runtime.party_data import party_facts
-from fedllm.runtime.site import Site, base_folder, open_site, party_tokens
+from fedllm.runtime.site import Site, base_folder, need_packages, open_site, party_tokens
 from fedllm.runtime.sum_keys import make_sum_keys, terms_of
 from fedllm.runtime.validate import upload_limits, validate
 from fedllm.scenarios.base import ServerHalf, TokenData
@@ -181,6 +182,7 @@ def _load(job: Job, parties: list[LocatedParty], *, trainer: LocalTrainer | None
             "BAD_COMBINATION", "a trainer of your own cannot travel to worker processes", fix="set num_workers=0"
         )
     # The workers load for themselves.
+    need_packages(job, parties)
     validate(job, parties)
     return None
 
@@ -269,11 +271,12 @@ def drive(
         write_provenance(run, job, **digests)
         write_json(run.path / "parties.json", [party_facts(run, party) for party in link.parties])
 
-    notary = notary_of(job, run)
-    driver = Driver(run, federation, server, job.federation.num_rounds, watch.on_round, on_ready, auditor, notary)
+    asides = (auditor, notary_of(job, run), courier_of(job, run))
+    driver = Driver(run, federation, server, job.federation.num_rounds, watch.on_round, on_ready, *asides)
     outcome = driver.drive()
     if job.ownership.trace != "none":
-        hand_out(run, job, federation, server.final(outcome.state)[0])
+        with counted_after(run, federation, job.federation.num_rounds):
+            hand_out(run, job, federation, server.final(outcome.state)[0])
     return outcome
 
 
@@ -377,7 +380,7 @@ def write_pages(path: Path, *also: str) -> None:
 
 def _deliver(run: RunFolder, job: Job, parties: list[LocatedParty], tensors: Tensors) -> str:
     # A coordinator has no party on its machine; of the base model it needs the config alone.
-    base = base_folder(job, parties)[0] if parties else find_base(job.model, base_dir=job.base_dir)
+    base = base_folder(job, parties)[0] if parties else config_folder(run, job)
     return file_digest(write_adapter(tensors, run.path / "adapter", job=job, base=base))
 
 

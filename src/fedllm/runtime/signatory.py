@@ -10,7 +10,8 @@ from pydantic import ValidationError
 
 from fedllm.errors import FedllmError, PayloadError
 from fedllm.job.job import Job
-from fedllm.ownership.commitments import ClaimFolder, Commitment
+from fedllm.ownership.commitments import ClaimFolder, Commitment, need_bound
+from fedllm.ownership.directions import share_of
 from fedllm.ownership.keys import is_signed, public_hex, sign
 from fedllm.ownership.log import (
     FOLDER,
@@ -22,6 +23,8 @@ from fedllm.ownership.log import (
     commitment_entry,
     party_entry,
     read_log,
+    share_entry,
+    unsound_shares,
 )
 from fedllm.ownership.merkle import root
 from fedllm.runs.folder import RunFolder
@@ -68,10 +71,13 @@ class Signatory:
             request: The request.
 
         Raises:
+            ConfigError: `OWNERSHIP_UNCOMMITTED`: the claim is of an earlier form than the log will be.
             StateLost: `OWNERSHIP_BROKEN`: the head does not follow on what the party has signed.
         """
         if isinstance(request, SignHead):
             return self._signed(request)
+        if self.commitment and self.keys.claim_file(self.job_digest).exists():
+            need_bound(self.keys.claim(self.job_digest), f"party {self.party}")
         text = self.commitment.model_dump_json() if self.commitment else ""
         return Shown(public_key=public_hex(self.keys.key()), commitment=text)
 
@@ -84,7 +90,8 @@ class Signatory:
         signature = sign(self.keys.key(), head.text(), purpose=HEAD_PURPOSE)
         # Kept before it leaves: what was signed once is never forgotten.
         log.with_head(SignedHead(head=head, signatures={self.party: signature})).write(self.copy)
-        return HeadSigned(signature=signature)
+        is_first = not log.has("share") and not log.has("round")
+        return HeadSigned(signature=signature, share=share_of(self.keys.key(), log.first_root()) if is_first else "")
 
     def _followed(self, own: OwnershipLog, head: Head, request: SignHead) -> OwnershipLog:
         """Return the party's copy with the new entries, if the head follows on it."""
@@ -102,8 +109,13 @@ class Signatory:
             raise self._refused("the server's clock is more than an hour from the party's")
         missing = {party_entry(self.party, public_hex(self.keys.key()))}
         missing |= {commitment_entry(self.commitment)} if self.commitment else set()
+        # A run of an earlier version has rounds without shares in what was signed already.
+        if own.heads and log.has("round") and not own.has("round"):
+            missing.add(share_entry(self.party, share_of(self.keys.key(), own.first_root())))
         if missing - set(log.entries):
-            raise self._refused("the party's own key or commitment is not in the log")
+            raise self._refused("the party's own key, commitment or share is not in the log")
+        if log.shares() and (unsound_shares(log) or log.shares().keys() != log.keys().keys()):
+            raise self._refused("the shares in the log are not the parties' signatures of its first root")
         return OwnershipLog(log.entries, _completed(log, request))
 
     def _refused(self, what: str) -> FedllmError:

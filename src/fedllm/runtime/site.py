@@ -16,7 +16,7 @@ from fedllm.data.read import PartyData, read_examples, read_party_data
 from fedllm.data.settings import DataSettings
 from fedllm.data.template import template_digest
 from fedllm.data.tokens import TokenisedExample, TokenReport, tokenise_all
-from fedllm.errors import ConfigError, DataError
+from fedllm.errors import ConfigError, DataError, ModelError
 from fedllm.job.job import Job, LocatedParty
 from fedllm.job.ownership import claim_folder
 from fedllm.models.adapter import TunableModel
@@ -39,7 +39,9 @@ class Site:
 
     `deliver` takes a party's own adapter, by default into the run folder. `purses` says where each party keeps what
     has been spent of its privacy; by default it is beside the run folder. `claims` is where each claimant of the
-    model has its claim. `full` is the whole model of an emulator, where its owner runs here.
+    model has its claim. Where an emulator's owner runs here, `full` is its whole model, `emulator` how the emulator was
+    made, and `public` the text that it goes on distilling on. `awaiting` are the parties to whom the base model is yet
+    to be sent, and `most_package_bytes` says how long it may be for each party.
     """
 
     job: Job
@@ -54,6 +56,10 @@ class Site:
     purses: Mapping[str, Purse] = field(default_factory=dict)
     claims: Mapping[str, ClaimFolder] = field(default_factory=dict)
     full: FullModel | None = None
+    most_package_bytes: Mapping[str, int] = field(default_factory=dict)
+    awaiting: frozenset[str] = frozenset()
+    emulator: EmulatorSettings | None = None
+    public: Sequence[TokenisedExample] = ()
 
 
 def base_folder(job: Job, parties: list[LocatedParty]) -> tuple[Path, str]:
@@ -65,13 +71,12 @@ def base_folder(job: Job, parties: list[LocatedParty]) -> tuple[Path, str]:
 
     Raises:
         ConfigError: `BAD_COMBINATION` when parties on one machine name different folders or devices.
+        ModelError: `MODEL_NOT_FOUND`; also where it is still to be sent to all of them.
     """
-    found = {
-        find_base(job.model, base_dir=located.base_dir, override=located.party.model_name_or_path)
-        if located.party.model_name_or_path
-        else find_base(job.model, base_dir=job.base_dir)
-        for located in parties
-    }
+    there = [located for located in parties if not awaits_package(job, located)]
+    found = {_own_base(job, located) for located in there}
+    if parties and not found:
+        raise _no_package(job, f"the package of {job.sender} is not here yet")
     devices = {located.party.device for located in parties}
     if len(found) > 1 or len(devices) > 1:
         raise ConfigError(
@@ -82,6 +87,55 @@ def base_folder(job: Job, parties: list[LocatedParty]) -> tuple[Path, str]:
             fix="give them the same `model_name_or_path` and `device`",
         )
     return found.pop(), devices.pop()
+
+
+def _own_base(job: Job, located: LocatedParty) -> Path:
+    """Return the folder of a party's base model."""
+    own = located.party.model_name_or_path
+    try:
+        return find_base(job.model, base_dir=located.base_dir if own else job.base_dir, override=own)
+    except ModelError as error:
+        if error.code == "MODEL_NOT_FOUND" and getattr(job.federation, "owner", None):
+            raise _no_package(job, error.what) from None
+        raise
+
+
+def _no_package(job: Job, what: str) -> ModelError:
+    made = "`fedllm emulator build JOB` makes the package at its owner"
+    fix = f"{made}; the run brings it to the others" if job.sender else f"{made}; copy it here, or set"
+    fix += "" if job.sender else " `federation.package: send`"
+    return ModelError("MODEL_NOT_FOUND", what, where="model.model_name_or_path", fix=fix)
+
+
+def awaits_package(job: Job, located: LocatedParty) -> bool:
+    """Return whether a party's base model is still to be sent to it.
+
+    Args:
+        job: The job.
+        located: The party.
+    """
+    if job.sender in (None, located.party.name):
+        return False
+    own = located.party.model_name_or_path
+    base_dir, name = (located.base_dir, own) if own else (job.base_dir, job.model.model_name_or_path)
+    # What is no folder here may be a hub id, but whose owner sends it is not to be had there.
+    return not (base_dir / Path(name).expanduser()).is_dir()
+
+
+def need_packages(job: Job, parties: list[LocatedParty]) -> None:
+    """Raise where the base model is still to be sent to a party: a worker process that has none cannot wait for it.
+
+    Args:
+        job: The job.
+        parties: The parties of this machine.
+
+    Raises:
+        ConfigError: `BAD_COMBINATION`.
+    """
+    if missing := [located.party.name for located in parties if awaits_package(job, located)]:
+        what = f"the package of {job.sender} is still to come to {', '.join(missing)}, and worker processes do not wait"
+        fix = "leave `--workers` out, or name a folder that is there"
+        raise ConfigError("BAD_COMBINATION", what, where="--workers", fix=fix)
 
 
 def open_site(job: Job, parties: list[LocatedParty], *, base: Base | None = None) -> Site:
@@ -115,6 +169,9 @@ def open_site(job: Job, parties: list[LocatedParty], *, base: Base | None = None
         },
         claims={located.party.name: claim_folder(located) for located in parties},
         full=owners_model(job, parties),
+        most_package_bytes={located.party.name: located.party.limits.max_package_bytes for located in parties},
+        awaiting=frozenset(located.party.name for located in parties if awaits_package(job, located)),
+        **_owners_text(job, parties, base),
     )
 
 
@@ -138,6 +195,26 @@ def owners_model(job: Job, parties: list[LocatedParty]) -> FullModel | None:
             raise ConfigError("BAD_COMBINATION", what, where=f"party {owner}", fix=fix)
         return full_model(job, located, located.party.emulator)
     return None
+
+
+def _owners_text(job: Job, parties: list[LocatedParty], base: Base) -> dict[str, Any]:
+    """Return how an emulator is distilled further, and on what, where its owner runs here and the job asks for it."""
+    owner = getattr(job.federation, "owner", None)
+    located = next((located for located in parties if located.party.name == owner), None)
+    if located is None or not getattr(job.federation, "realign_every", 0):
+        return {}
+    settings = located.party.emulator
+    if settings is None or settings.public is None:
+        what = f"party {owner} is to distil the emulator further, and its party file names no public text"
+        fix = "write `public` into the section `emulator` of the owner's party.yaml, or leave `realign_every` out"
+        raise ConfigError("BAD_COMBINATION", what, where=f"party {owner}", fix=fix)
+    if not located.party.data.eval and not located.party.data.eval_share:
+        what = "the probe set holds no examples out, and without them no policy can be kept to between rounds"
+        fix = "set `data.eval` or `data.eval_share`"
+        raise ConfigError("MISSING_KEY", what, where=f"party {owner}, data", fix=fix)
+    examples = read_examples(settings.public, base_dir=located.base_dir, settings=job.data)
+    public, _ = tokens_of(examples, base.tokenizer, job, where="emulator.public")
+    return {"emulator": settings, "public": public}
 
 
 def full_model(job: Job, located: LocatedParty, settings: EmulatorSettings) -> FullModel:

@@ -57,7 +57,9 @@ def sums_of(job: Job, run: RunFolder, party: str, signatures: SignaturesOf) -> P
 
 
 def make_sum_keys(job: Job, run: RunFolder) -> None:
-    """Make the keys with which parties on one machine sign, where the job has secure sums and there are none yet.
+    """Make the keys with which parties on one machine sign, where there are none yet and the job needs them.
+
+    It needs them for secure sums, and where a package is sent.
 
     Between machines they sign with the keys of their kits.
 
@@ -68,7 +70,7 @@ def make_sum_keys(job: Job, run: RunFolder) -> None:
     Raises:
         ResourceError: `DISK_FULL`.
     """
-    if terms_of(job) is None or (run.path / _ROSTER).exists():
+    if (terms_of(job) is None and job.sender is None) or (run.path / _ROSTER).exists():
         return
     roster = {}
     for party in job.parties:

@@ -14,6 +14,7 @@ from fedllm.data.settings import DataSettings
 from fedllm.data.tokens import TokenisedExample
 from fedllm.errors import PayloadError
 from fedllm.models.adapter import TunableModel
+from fedllm.models.emulator_settings import EmulatorSettings
 from fedllm.models.full import FullModel
 from fedllm.models.settings import PeftSettings
 from fedllm.privacy.budget import Budget
@@ -223,7 +224,7 @@ class ClientContext:
     `parties` are all of the job; `settings` is the scenario's own; `log(round, split, values)` writes metrics that stay
     at the party, and `deliver(tensors)` what is the party's alone. `budget` pays for rounds with noise. `pull` is the
     party's own mark on the model: it goes among the corrections of each round of training. `full` is the whole model of
-    an emulator, at its owner.
+    an emulator, at its owner, `emulator` how the owner made it, and `public` the text that it is distilled on.
     """
 
     party: str
@@ -244,6 +245,8 @@ class ClientContext:
     budget: Budget | None = None
     pull: Correction | None = None
     full: FullModel | None = None
+    emulator: EmulatorSettings | None = None
+    public: Sequence[TokenisedExample] = ()
 
 
 class ClientHalf(Protocol):
@@ -277,8 +280,10 @@ class Scenario:
     `answer(settings, manifest, round, party)` says what a party's answer to a round of training holds, for an adapter
     of these tensors. No round differs from the one two rounds before. `unused(settings)` names requests that a job with
     these settings does not make, and `grown(settings, manifest, round, parties)` says by how many bytes a request is
-    longer than the adapter after so many rounds. `trainers(settings, parties)` are those that train, and
-    `delivered(settings)` says in a sentence who gets what, where that is not one adapter for all.
+    longer than the adapter after so many rounds. `beside(settings, model)` are the tensors that may travel beside the
+    adapter of a model. `trainers(settings, parties)` are those that train, and `delivered(settings)` says in a sentence
+    who gets what, where that is not one adapter for all. `sender(settings, parties)` is the party that sends the base
+    model to those who lack it.
     """
 
     settings: type[ScenarioSettings]
@@ -292,8 +297,10 @@ class Scenario:
     who_learns_what: Callable[[Any, PrivacySettings], tuple[str, ...]]
     unused: Callable[[Any], tuple[type[Payload], ...]] = lambda settings: ()
     grown: Callable[[Any, Manifest, int, Sequence[str]], int] = lambda settings, manifest, round_, parties: 0
+    beside: Callable[[Any, TunableModel], Manifest] = lambda settings, model: {}
     trainers: Callable[[Any, Sequence[str]], tuple[str, ...]] = lambda settings, parties: tuple(parties)
     delivered: Callable[[Any], str] = lambda settings: ""
+    sender: Callable[[Any, Sequence[str]], str | None] = lambda settings, parties: None
 
     def operations(self, settings: ScenarioSettings) -> tuple[str, ...]:
         """Return the names of the requests that a job makes.

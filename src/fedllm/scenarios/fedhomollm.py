@@ -16,8 +16,8 @@ that c stays the mean of the c_i.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -68,6 +68,29 @@ from fedllm.wire.patch import DownSettings
 from fedllm.wire.payload import Manifest, Payload, Tensors, manifest_of
 
 
+@dataclass(frozen=True)
+class Settled:
+    """A round's new global tensors, and what is to be noted of how they came about."""
+
+    tensors: Tensors
+    rows: list[Row] = field(default_factory=list)
+    failures: dict[str, str] = field(default_factory=dict)
+
+
+# (global tensors after the server's step, round) -> those that the round ends with.
+Settle = Callable[[Tensors, int], Settled]
+
+
+def as_it_stands(tensors: Tensors, number: int) -> Settled:
+    """Return the tensors: nobody changes them.
+
+    Args:
+        tensors: The global ones.
+        number: The round.
+    """
+    return Settled(tensors)
+
+
 class Server:
     """The server's half. It needs neither the base model nor any data."""
 
@@ -99,8 +122,14 @@ class Server:
             )
         raise RunPaused("QUORUM", "no answer to the request for the initial adapter", where=f"party {party}")
 
-    def round(self, federation: Federation, state: State) -> RoundResult:
-        """Return the state after one round of local training."""
+    def round(self, federation: Federation, state: State, *, settle: Settle = as_it_stands) -> RoundResult:
+        """Return the state after one round of local training.
+
+        Args:
+            federation: The parties.
+            state: Of the round before.
+            settle: Changes what stands beside the adapter before anybody is sent it.
+        """
         number, settings = state.round + 1, self._settings
         adapter, control = select("adapter", state.tensors), self._control(state)
         counted = state.fields.get("counted", {})
@@ -120,11 +149,13 @@ class Server:
         moved, memory = server_step(adapter, select("server", state.tensors), update, settings=settings.strategy)
         if rule_of(settings).folds:
             moved = self._beside(moved, select("beside", total.means), number)
+        settled = settle(moved, number)
+        moved, rows, failures = settled.tensors, rows + settled.rows, total.failures | settled.failures
         tensors = prefixed("adapter", moved) | prefixed("server", memory) | prefixed("control", control)
         tensors, note = as_sent(settings, state, tensors, number)
         fields = state.fields | note | self._counted_after(counted, total, number) | clip_after
         new = State(number, tensors | _best_so_far(state), fields)
-        return self._handed_over(federation, self._evaluated(federation, new, rows=rows, failures=total.failures))
+        return self._handed_over(federation, self._evaluated(federation, new, rows=rows, failures=failures))
 
     def _noisy(self, total: Total, number: int, clip: float | None) -> tuple[Total, dict[str, float], list[Row]]:
         """Return the sum with the server's noise, the field that says the next clip norm, and what was spent."""
@@ -184,7 +215,7 @@ class Server:
     def _control(self, state: State) -> Tensors:
         if self._settings.strategy.name != "SCAFFOLD":
             return {}
-        adapter = select("adapter", state.tensors)
+        adapter, _ = split(select("adapter", state.tensors))
         return select("control", state.tensors) or {name: torch.zeros_like(t) for name, t in adapter.items()}
 
     def final(self, state: State) -> tuple[Tensors, int]:

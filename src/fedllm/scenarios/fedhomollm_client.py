@@ -160,14 +160,18 @@ class Client:
 
     def _whole(self, adapter: TensorMap, own: Tensors, number: int) -> TensorMap:
         """Return all that the model computes with: what was sent, and what no message brings, as of a round's end."""
-        c, plain = self._c, adapter
-        if rule_of(c.settings).folds:
-            plain, folded = split(adapter)
-            check_folded(folded, c.model.manifest, sender="server")
+        c = self._c
+        plain, folded = split(adapter)
+        self._check_beside(folded)
         check_manifest(plain, self._sent, sender="server")
         if rule_of(c.settings).starts_afresh:
             return {**fresh_factors(c.model.manifest, c.seed, number), **adapter}
         return {**self._unsent, **own, **adapter} if self._unsent else adapter
+
+    def _check_beside(self, folded: Tensors) -> None:
+        """Return if what stands beside the adapter may stand there."""
+        folds = rule_of(self._c.settings).folds
+        check_folded(folded, self._c.model.manifest if folds else {}, sender="server")
 
     def _started(self, adapter: TensorMap, number: int) -> TensorMap:
         """Return what local training starts from, after the model has taken it over: of LoRA the party's own slots."""

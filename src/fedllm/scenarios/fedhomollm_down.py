@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from fedllm.aggregate.folded import split
 from fedllm.aggregate.lora import moving, travelling
 from fedllm.scenarios.base import State
 from fedllm.scenarios.fedhomollm_messages import prefixed, select
@@ -40,11 +41,20 @@ def as_sent(settings: Settings, state: State, tensors: Tensors, number: int) -> 
     if codec.is_plain:
         return tensors, {}
     before, lost = select("adapter", state.tensors), select("lost", state.tensors)
-    names = moving(settings.lora_rule, before, number)
+    tuned, beside = split(before)
+    _, beside_after = split(select("adapter", tensors))
+    if not _same(beside, beside_after):
+        # What stands beside the adapter is new, and is no change to anything: all is sent whole, and nothing is owed.
+        return tensors, {}
+    names = moving(settings.lora_rule, tuned, number)
     found = next_sent(before, select("adapter", tensors), lost, names=names, codec=codec)
     made = prefixed("adapter", found.tensors) | prefixed("change", found.change) | prefixed("lost", found.lost)
     held = in_memory(parts_of(prefixed("adapter", _travelling(settings, state))))
     return tensors | made, {"change_of": held.digest}
+
+
+def _same(one: Tensors, other: Tensors) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
 def _travelling(settings: Settings, state: State) -> Tensors:

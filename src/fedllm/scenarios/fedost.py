@@ -7,7 +7,8 @@ with all of its rules, codecs and sums, and the owner is a party of its own that
 From the clients' side this is FedHomoLLM on a smaller base model, the package: its config says which layers can be
 tuned. So its halves are FedHomoLLM's, and what is here is the owner.
 
-1. FedHomoLLM's round among all parties but the owner.
+1. FedHomoLLM's round among all parties but the owner. In it, every so many rounds, `Realign`: the owner corrects the
+   emulator (`fedllm.scenarios.fedost_realign`), and the correction goes down with the adapter.
 2. `Plug`, every so many rounds: the owner measures the emulator (OT-Emu) and its whole model (Plug) with the global
    adapter, on its probe set, and on the job's common test set.
 3. After the last round, `Hand`: each side makes of the delivered adapter what the job says it gets.
@@ -17,14 +18,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from pydantic import Field
 
+from fedllm.aggregate.folded import split
 from fedllm.errors import ModelError, PayloadError
 from fedllm.evaluate.loss import LossSums, evaluate_examples
+from fedllm.models.adapter import TunableModel
 from fedllm.models.full import FullModel
-from fedllm.privacy.settings import PrivacySettings
 from fedllm.scenarios.base import (
     ClientContext,
     ClientHalf,
@@ -42,14 +45,23 @@ from fedllm.scenarios.base import (
     as_it_is,
 )
 from fedllm.scenarios.fedhomollm import Server as AveragingServer
+from fedllm.scenarios.fedhomollm import Settled
 from fedllm.scenarios.fedhomollm import alone as alone_in_averaging
 from fedllm.scenarios.fedhomollm_answer import answer as answer_in_averaging
 from fedllm.scenarios.fedhomollm_client import Client as AveragingClient
 from fedllm.scenarios.fedhomollm_messages import Evaluate, Initial, SendInitial, Train, select
 from fedllm.scenarios.fedhomollm_rows import rows_of
-from fedllm.scenarios.fedhomollm_trust import who_learns_what as who_learns_what_in_averaging
-from fedllm.scenarios.fedost_settings import Settings, clashes, trainers
-from fedllm.wire.frame import check_manifest
+from fedllm.scenarios.fedost_realign import (
+    Realign,
+    Realigned,
+    check_correction,
+    first_correction,
+    realigned,
+    rows_after,
+)
+from fedllm.scenarios.fedost_settings import Settings, clashes, sender, trainers
+from fedllm.scenarios.fedost_trust import delivered, who_learns_what
+from fedllm.wire.frame import check_finite, check_manifest
 from fedllm.wire.payload import Manifest, Payload, TensorMap, Tensors
 
 # Where the owner measured, as the split of a metric: the emulator, and the whole model.
@@ -115,7 +127,8 @@ class Server:
 
     def round(self, federation: Federation, state: State) -> RoundResult:
         """Return the state after the next round."""
-        result = self._averaging.round(_Others(federation, self._settings.owner), state)
+        others, settle = _Others(federation, self._settings.owner), partial(self._realigned, federation)
+        result = self._averaging.round(others, state, settle=settle)
         return self._finished(federation, result)
 
     def final(self, state: State) -> tuple[Tensors, int]:
@@ -133,6 +146,22 @@ class Server:
         if every and (state.round % every == 0 or is_last):
             result = self._plugged(federation, result)
         return self._handed(federation, result) if is_last else result
+
+    def _realigned(self, federation: Federation, tensors: Tensors, number: int) -> Settled:
+        """Return a round's tensors with the emulator's next correction beside the adapter, every so many rounds."""
+        settings = self._settings
+        every, is_last = settings.realign_every, number == settings.num_rounds
+        if not every or number % every or is_last or settings.owner not in federation.parties:
+            return Settled(tensors)
+        for reply in federation.ask(Realign(adapter=tensors), round_=number, to=[settings.owner]):
+            answer = reply.payload
+            if not isinstance(answer, Realigned):
+                return Settled(tensors, failures={settings.owner: getattr(answer, "code", "PAYLOAD_REFUSED")})
+            if answer.correction:
+                check_finite(answer.correction, sender=settings.owner)
+                tensors = split(tensors)[0] | split(answer.correction)[1]
+            return Settled(tensors, rows_after(number, answer))
+        return Settled(tensors)
 
     def _plugged(self, federation: Federation, result: RoundResult) -> RoundResult:
         owner, number = self._settings.owner, result.state.round
@@ -175,10 +204,16 @@ class Client(AveragingClient):
     def handle(self, request: Payload, *, round_: int, deadline: float) -> Payload:
         """Return the answer to one request; see `ClientHalf`."""
         if isinstance(request, Hand):
-            check_manifest(request.adapter, self._c.model.manifest, sender="server")
+            plain, correction = split(request.adapter)
+            check_manifest(plain, self._c.model.manifest, sender="server")
+            self._check_beside(correction)
             self._c.deliver(dict(request.adapter))
             return Handed()
         return super().handle(request, round_=round_, deadline=deadline)
+
+    def _check_beside(self, folded: Tensors) -> None:
+        """Return if what stands beside the adapter is a correction of the emulator's middle, or nothing."""
+        check_correction(folded, self._c.model, self._c.settings.correction_rank)
 
 
 class Owner:
@@ -192,9 +227,10 @@ class Owner:
         match request:
             case Plug():
                 return self._plug(request, round_)
+            case Realign():
+                return self._realign(request, round_, deadline)
             case Hand():
-                check_manifest(request.adapter, self._c.model.manifest, sender="server")
-                self._c.deliver(dict(request.adapter))
+                self._c.deliver(self._checked(request.adapter))
                 return Handed()
         raise PayloadError(
             "PAYLOAD_REFUSED", f"the owner does not answer {type(request).__name__}", where=self._c.party
@@ -208,15 +244,36 @@ class Owner:
         """Do nothing."""
 
     def _plug(self, request: Plug, number: int) -> Plugged:
-        c = self._c
-        check_manifest(request.adapter, c.model.manifest, sender="server")
-        if not any((c.data.train, c.data.held_out, c.data.common)):
+        c, adapter = self._c, self._checked(request.adapter)
+        if self._is_rehearsal():
             return Plugged(losses={})
         c.model.write(request.adapter)
         losses = self._losses(c.model.model, EMULATOR, number)
-        with self._full().plugged(request.adapter, c.model.model) as whole:
+        # The whole model has a middle of its own, which needs no correction.
+        with self._full().plugged(adapter, c.model.model) as whole:
             losses |= self._losses(whole.model, PLUGGED, number)
         return Plugged(losses=losses)
+
+    def _realign(self, request: Realign, number: int, deadline: float) -> Realigned:
+        self._checked(request.adapter)
+        if self._is_rehearsal():
+            manifest = self._c.model.beside(self._c.settings.correction_rank)
+            # Another one each time: what did not change might not be sent again.
+            losses = {"before": 1.2345678901234567, "after": 1.2345678901234567}
+            return Realigned(correction=first_correction(manifest, self._c.seed + number), losses=losses)
+        return realigned(self._c, request, full=self._full(), number=number, deadline=deadline)
+
+    def _checked(self, received: TensorMap) -> Tensors:
+        """Return the adapter without the correction beside it, both checked."""
+        adapter, correction = split(received)
+        check_manifest(adapter, self._c.model.manifest, sender="server")
+        check_correction(correction, self._c.model, self._c.settings.correction_rank)
+        return adapter
+
+    def _is_rehearsal(self) -> bool:
+        """Return whether only the messages' lengths are looked at: no owner is without data."""
+        data = self._c.data
+        return not any((data.train, data.held_out, data.common))
 
     def _losses(self, model: Any, split: str, number: int) -> dict[str, float]:
         """Return a model's losses on the probe set and on the common test set, and note them."""
@@ -257,7 +314,8 @@ def alone(settings: ScenarioSettings) -> Settings:
         settings: The federation's.
     """
     plain = alone_in_averaging(settings).model_dump()
-    return Settings.model_validate(plain | {"plug_every": 0, "deliver_to_clients": "adapter"})
+    own = {"plug_every": 0, "realign_every": 0, "realign_steps": None, "realign_rank": None}
+    return Settings.model_validate(plain | own | {"deliver_to_clients": "adapter"})
 
 
 def answer(settings: Settings, adapter: Manifest, number: int, party: str) -> Manifest:
@@ -272,50 +330,31 @@ def answer(settings: Settings, adapter: Manifest, number: int, party: str) -> Ma
     return {} if party == settings.owner else answer_in_averaging(settings, adapter, number, party)
 
 
-_AT_OWNER = {
-    "model": "the whole tuned model",
-    "adapter": "the tuned outer layers",
-    "nothing": "nothing",
-}
-_AT_CLIENTS = {
-    "adapter": "the adapter for their emulator",
-    "service": "the use of the owner's model as a service, and no file",
-    "nothing": "nothing",
-}
-
-
-def delivered(settings: Settings) -> str:
-    """Return what each side gets, as a sentence.
+def unused(settings: Settings) -> tuple[type[Payload], ...]:
+    """Return the requests that a job does not make.
 
     Args:
         settings: The scenario's.
     """
-    to_owner, to_clients = _AT_OWNER[settings.deliver_to_owner], _AT_CLIENTS[settings.deliver_to_clients]
-    return f"{settings.owner}, the owner, gets {to_owner}; the other parties get {to_clients}."
+    return () if settings.realign_every else (Realign,)
 
 
-def who_learns_what(settings: Settings, privacy: PrivacySettings) -> tuple[str, ...]:
-    """Return it for one job, in sentences.
+def beside(settings: Settings, model: TunableModel) -> Manifest:
+    """Return the tensors that may travel beside the adapter: the correction of the emulator's middle.
 
     Args:
         settings: The scenario's.
-        privacy: The job's `privacy` section.
+        model: The package, with its adapter.
     """
-    return (
-        f"{settings.owner} keeps its whole model. The other parties hold the package: its embeddings, head and outer "
-        "layers exactly, and of its middle an emulator. Nothing hides those outer layers from them, and what can be "
-        "learnt back of the middle is what `fedllm emulator check` measures.",
-        f"{settings.owner} sees the global adapter when it plugs it in, never a single party's update or data; the "
-        "server sees two losses of its probe set, and nothing else of it.",
-        f"At the end: {delivered(settings)} While they train, the other parties hold each round's global adapter.",
-        *who_learns_what_in_averaging(settings, privacy),
-    )
+    return model.beside(settings.correction_rank) if settings.correction_rank else {}
 
 
 SCENARIO = Scenario(
     settings=Settings,
-    requests=(SendInitial, Train, Evaluate, Plug, Hand),
-    replies=(Initial, Summand, Plugged, Handed),
+    requests=(SendInitial, Train, Evaluate, Realign, Plug, Hand),
+    unused=unused,
+    beside=beside,
+    replies=(Initial, Summand, Realigned, Plugged, Handed),
     server=Server,
     client=client,
     alone=alone,
@@ -324,4 +363,5 @@ SCENARIO = Scenario(
     who_learns_what=who_learns_what,
     trainers=trainers,
     delivered=delivered,
+    sender=sender,
 )

@@ -10,6 +10,7 @@ Shapes: R rows, L places, D hidden size, T targets.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,10 @@ from torch import nn
 
 from fedllm.data.batches import BatchOrder, collate
 from fedllm.data.tokens import TokenisedExample
+from fedllm.errors import RunFailed
 from fedllm.models.blocks import Cut, stacks
+from fedllm.models.emulator import MEASURED_WAYS, Slots, choose, profile
+from fedllm.models.emulator_settings import EmulatorSettings
 from fedllm.models.loss import IGNORED, target_logits, target_losses
 
 _GRAD_NORM = 1.0
@@ -37,6 +41,8 @@ class Distillation:
         logit_weight: Of the loss on logits.
         cut: Bottom and top of both models.
         seed: Of the order of the examples.
+        label: Names that order.
+        deadline: `time.monotonic()` at which to give up.
     """
 
     steps: int
@@ -46,6 +52,8 @@ class Distillation:
     logit_weight: float
     cut: Cut
     seed: int
+    label: str = "distillation"
+    deadline: float = math.inf
 
 
 def distil(
@@ -59,6 +67,8 @@ def distil(
 ) -> float:
     """Train some parameters of the student in place to do as the teacher does, and return the last step's loss.
 
+    Where the student does so to the bit, no step is made: Adam would make whole steps of a gradient that is rounding.
+
     Args:
         student: The emulator.
         teacher: The owner's model; None: nobody can be asked, and the text itself is what is learnt.
@@ -66,8 +76,11 @@ def distil(
         how: How.
         tuned: Which parameters of the student.
         pad_id: The padding token.
+
+    Raises:
+        RunFailed: `ROUND_TIMEOUT`.
     """
-    order = BatchOrder(len(examples), how.batch_size, seed=how.seed, party="distillation")
+    order = BatchOrder(len(examples), how.batch_size, seed=how.seed, party=how.label)
     # A parameter that two blocks share is trained once.
     parameters = list(dict.fromkeys(tuned))
     optimizer = torch.optim.AdamW(parameters, lr=how.learning_rate, weight_decay=0.0)
@@ -75,10 +88,13 @@ def distil(
         parameter.requires_grad_(True)
     loss = torch.zeros(())
     for step in range(how.steps):
+        _check_time(how)
         for group in optimizer.param_groups:
             group["lr"] = 0.5 * how.learning_rate * (1 + math.cos(math.pi * step / how.steps))
         batch = collate([examples[index] for index in order.batch(step)], pad_id=pad_id)
         loss = _loss(student, teacher, batch, how)
+        if not loss:
+            continue
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(parameters, _GRAD_NORM)
@@ -87,6 +103,25 @@ def distil(
         parameter.requires_grad_(False)
         parameter.grad = None
     return float(loss.detach())
+
+
+def _check_time(how: Distillation) -> None:
+    if time.monotonic() > how.deadline:
+        what = "distillation did not finish within federation.round_timeout"
+        raise RunFailed("ROUND_TIMEOUT", what, fix="raise `round_timeout`, or do fewer steps")
+
+
+@torch.no_grad()
+def distance(student: nn.Module, teacher: nn.Module, batch: Mapping[str, Any], *, how: Distillation) -> float:
+    """Return the loss of distillation on a batch.
+
+    Args:
+        student: The emulator.
+        teacher: The owner's model.
+        batch: From `public_batches`.
+        how: How.
+    """
+    return float(_loss(student, teacher, batch, how))
 
 
 def _loss(student: nn.Module, teacher: nn.Module | None, batch: Mapping[str, Any], how: Distillation) -> torch.Tensor:
@@ -149,3 +184,21 @@ def public_batches(examples: Sequence[TokenisedExample], *, pad_id: int, batch_s
     """
     for start in range(0, len(examples), batch_size):
         yield collate(examples[start : start + batch_size], pad_id=pad_id)
+
+
+def chosen(
+    model: nn.Module, cut: Cut, settings: EmulatorSettings, public: Sequence[TokenisedExample], *, pad_id: int
+) -> Slots:
+    """Return which blocks of the owner's model stand in its emulator, as its settings choose them.
+
+    Args:
+        model: The owner's, untuned.
+        cut: Bottom and top.
+        settings: The owner's `emulator` section.
+        public: Its public text, for the ways that measure blocks.
+        pad_id: The padding token.
+    """
+    profiles = None
+    if settings.way in MEASURED_WAYS:
+        profiles = profile(model, public_batches(public, pad_id=pad_id, batch_size=settings.distil_batch_size))
+    return choose(model, cut, way=settings.way, keep=settings.middle, profiles=profiles)

@@ -10,12 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from deployed import deployed
+from deployed import Deployed, deployed
 from safetensors.torch import load
 from tiny import THOROUGH, TinyFederation, thorough
+from typer.testing import CliRunner
 
+from fedllm.cli import app
+from fedllm.ownership.log import FOLDER
+from fedllm.ownership.log import read_log as read_claims_log
 from fedllm.runs.audit_log import read_log
 from fedllm.runs.audit_verify import verify_log
+from fedllm.runtime.ownership import commit
 
 pytest.importorskip("nvflare")
 from fedllm.runtime.flare.door import SOCKETS
@@ -28,15 +33,19 @@ PLAN: dict[str, Any] = {
     "peft.lora_dropout": 0.1,
     "train.local_steps": 60,
 }
+CLAIMED: dict[str, Any] = {"ownership": {"carrier": "product", "claimants": ["north", "south"]}}
 pytestmark = pytest.mark.processes
 LOGS = ("coordinator/site", "site-north", "site-south")
 KILLS = {2: "client job", 3: "server job", 4: "client parent", 5: "server parent"}
 KILLS = KILLS if THOROUGH else {2: "client job", 3: "server parent"}
 
 
+@pytest.mark.first
 @pytest.mark.timeout(280)
 def test_kills_of_each_process_are_recovered_from_without_a_person_and_change_nothing(make_federation: Make) -> None:
-    federation = make_federation(sizes={"north": 6, "south": 5}, job=PLAN)
+    # Both parties claim the model, so its log of commitments lives through the kills too.
+    federation = make_federation(sizes={"north": 6, "south": 5}, job=PLAN | CLAIMED)
+    claims = [path for path, _ in commit(federation.job(), federation.parties())]
     expected = federation.run("unbroken").adapter_sha256
     with deployed(federation.job_file, federation.folder / "up") as up:
         for number, what in KILLS.items():
@@ -55,6 +64,21 @@ def test_kills_of_each_process_are_recovered_from_without_a_person_and_change_no
             assert verify_log(up.root / name / "audit.jsonl", others) == []
         noted = [entry for _, _, entry in read_log(up.root / "site-north" / "audit.jsonl") if entry]
         assert {entry.peer for entry in noted if entry.event == "peer_head"} == {"server", "south"}
+        check_claims(up, claims)
+
+
+def check_claims(up: Deployed, claims: list[Path]) -> None:
+    """Check that all signed the log each round, and that it bears out the claims with any party's own copy of it."""
+    heads = read_claims_log(up.run / FOLDER).heads
+    assert {signed.head.round for signed in heads} == set(range(7))
+    assert all(signed.signatures.keys() == {"north", "south"} for signed in heads)
+    for party, claim in zip(("north", "south"), claims, strict=True):
+        (copy,) = (up.root / f"site-{party}").glob(f"state/runs/*/parties/{party}/{FOLDER}")
+        words = ("ownership", "verify", up.run, "--claim", claim, "--log", copy)
+        answer = CliRunner().invoke(app, [str(word) for word in words])
+        assert answer.exit_code == 0 and "32 of 32 bits" in answer.output, answer.output
+    answer = CliRunner().invoke(app, ["verify", str(up.run), "--site", str(up.root / "coordinator" / "site")])
+    assert answer.exit_code == 0 and "ALTERED" not in answer.output, answer.output
 
 
 def wait_until_none(found: Callable[[], list[Any]], *, seconds: float = 10) -> bool:

@@ -27,11 +27,13 @@ from fedllm.runtime.flare.desk import Answers, Desk
 from fedllm.runtime.flare.lines import PartyLines
 from fedllm.runtime.flare.pieces import asker
 from fedllm.runtime.flare.seal import seal_of, sum_signatures
+from fedllm.runtime.flare.waiting import Waiting, no_client, not_ready
 from fedllm.runtime.freshness import Freshness
 from fedllm.runtime.guard import Guard
-from fedllm.runtime.host import PartyHost
+from fedllm.runtime.host import Blobs, PartyHost
 from fedllm.runtime.local import local_hosts
-from fedllm.runtime.site import open_site, party_tokens
+from fedllm.runtime.package_party import PACKAGES, Lineage, Taker
+from fedllm.runtime.site import awaits_package, open_site, party_tokens
 from fedllm.runtime.validate import upload_limits
 from fedllm.wire.blob import Blob, in_place
 from fedllm.wire.frame import Frame, Parcel, encode, pack, unpack
@@ -90,18 +92,24 @@ class Refusal:
 def open_party(site: Path, asked: dict[str, Any], run_id: str, desk: Desk) -> Answers:
     """Return this site's party of a run, loaded and ready to answer, or its refusal.
 
+    A party whose base model the owner sends comes back unloaded, and is loaded when the package is there.
+
     Args:
         site: Its site folder.
         asked: The job as it came; nothing of it is believed before it is checked.
         run_id: The run.
         desk: Where requests come in.
     """
+    return _or_refusal(site, run_id, lambda kit, seal: _opened(kit, seal, asked, run_id, desk))
+
+
+def _or_refusal(site: Path, run_id: str, open_: Callable[[Kit, Seal], Answers]) -> Answers:
     kit: Kit | None = None
     seal: Seal | None = None
     try:
         kit = open_kit(site)
         seal = seal_of(kit)
-        return _opened(kit, seal, asked, run_id, desk)
+        return open_(kit, seal)
     except FedllmError as error:
         _log.error("the job is refused: %s", error)
         if kit:
@@ -126,35 +134,97 @@ def _opened(kit: Kit, seal: Seal, asked: dict[str, Any], run_id: str, desk: Desk
     if approval is not None:
         job = job.located(Path(approval.base_dir))
     run = attach(site / "state" / "runs" / run_id, run_id=run_id, job_digest=job.digest)
-    log = AuditLog.open(site / AUDIT_FILE, actor=kit.name)
-    purse = purse_of(site, party, note=partial(_note_spent, log, run_id))
-    loaded = replace(open_site(job, [located]), purses={kit.name: purse})
-    if refused := upload_limits(job, [located], loaded.model):
-        raise refused[0]
-
-    def on_step(_: str, step: int, num_steps: int) -> None:
-        desk.say("training", step, num_steps)
-
-    try:
-        data, signatures = {kit.name: party_tokens(loaded, located)}, sum_signatures(kit)
-        host = local_hosts(loaded, data, run, on_step=on_step, signatures=lambda _: signatures)[kit.name]
-        own = run.path / "parties" / kit.name
-        spool, fresh = Spool(own / "spool"), Freshness(own / "epoch.json")
-        log.append("run_joined", run_id=run_id, job_digest=job.digest)
-    except BaseException:
-        run.close()
-        raise
-
+    seat = _Seat(kit, seal, desk, job, located, run, AuditLog.open(site / AUDIT_FILE, actor=kit.name))
+    answers = seat.waiting() if awaits_package(job, located) else seat.member()
     desk.use(PartyLines(kit, desk.channel.job_id))
+    return answers
 
-    def fetch(frame: Frame) -> Blob:
-        desk.say("fetching")
+
+class _Inbox:
+    """What a party remembers of the messages that came. Who makes one holds the party's folder."""
+
+    def __init__(self, own: Path) -> None:
+        self.spool, self.fresh = Spool(own / "spool"), Freshness(own / "epoch.json")
+
+
+@dataclass(frozen=True)
+class _Seat:
+    """What a party of a run has at its site before a model is loaded; `inbox` is that of a party that waited for it."""
+
+    kit: Kit
+    seal: Seal
+    desk: Desk
+    job: Job
+    located: LocatedParty
+    run: RunFolder
+    log: AuditLog
+    inbox: _Inbox | None = None
+
+    def member(self) -> Member:
+        """Return the party, loaded."""
+        kit, job, run = self.kit, self.job, self.run
+        purse = purse_of(kit.site, self.located.party, note=partial(_note_spent, self.log, run.run_id))
+        loaded = replace(open_site(job, [self.located]), purses={kit.name: purse})
+        if refused := upload_limits(job, [self.located], loaded.model):
+            raise refused[0]
+        try:
+            data, signatures = {kit.name: party_tokens(loaded, self.located)}, sum_signatures(kit)
+            host = local_hosts(loaded, data, run, on_step=self._on_step, signatures=lambda _: signatures)[kit.name]
+            inbox = self.inbox or _Inbox(self._own)
+            self.log.append("run_joined", run_id=run.run_id, job_digest=job.digest)
+        except BaseException:
+            run.close()
+            raise
+        return Member(self._at_the_desk(host, inbox), run)
+
+    def waiting(self) -> Waiting:
+        """Return the party without its model, for which the package is still to come."""
+        kit, job, run, party = self.kit, self.job, self.run, self.located.party
+        assert job.sender is not None  # noqa: S101
+        run.hold_party(kit.name)
+        lineage, most = Lineage(job, job.digest, run.run_id), party.limits.max_package_bytes
+        root = kit.site / "state" / PACKAGES
+        taker = Taker(kit.name, job.sender, lineage, sum_signatures(kit), root, most)
+        host = PartyHost(
+            party=kit.name,
+            job_digest=job.digest,
+            kinds=job.table_line().kinds(),
+            open_client=no_client,
+            ready=not_ready,
+            states=run.party_states(kit.name),
+            rows=run.party_rows(kit.name),
+            blobs=Blobs({}),
+            package=taker,
+        )
+        inbox = _Inbox(self._own)
+        return Waiting(self._at_the_desk(host, inbox), taker, run, partial(self._with_package, inbox))
+
+    def _with_package(self, inbox: _Inbox, folder: Path) -> Answers:
+        party = self.located.party.model_copy(update={"model_name_or_path": str(folder)})
+        seat = replace(self, located=self.located.model_copy(update={"party": party}), inbox=inbox)
+        # The member holds the party's folder itself.
+        self.run.close()
+        self.desk.say("loading")
+        return _or_refusal(self.kit.site, self.run.run_id, lambda kit, seal: seat.member())
+
+    @property
+    def _own(self) -> Path:
+        return self.run.path / "parties" / self.kit.name
+
+    def _at_the_desk(self, host: PartyHost, inbox: _Inbox) -> PartyHost:
+        """Return a host that is guarded, and signs and fetches as between machines."""
+        guard = Guard(self.log, self.job, self.located.party, self._own, self.run.run_id)
+        fetch = partial(self._fetch, inbox.spool)
+        return replace(host, guard=guard, seal=self.seal, fresh=inbox.fresh, keep=in_place, fetch=fetch)
+
+    def _fetch(self, spool: Spool, frame: Frame) -> Blob:
+        self.desk.say("fetching")
         digest, size = frame.travels
-        ask = asker(desk.way, SERVER, digest)
-        return spool.pull(digest, size, sender=SERVER, ask=ask, cancelled=desk.is_closed)
+        ask = asker(self.desk.way, SERVER, digest)
+        return spool.pull(digest, size, sender=SERVER, ask=ask, cancelled=self.desk.is_closed)
 
-    guard = Guard(log, job, party, own, run_id)
-    return Member(replace(host, guard=guard, seal=seal, fresh=fresh, keep=in_place, fetch=fetch), run)
+    def _on_step(self, _: str, step: int, num_steps: int) -> None:
+        self.desk.say("training", step, num_steps)
 
 
 def purse_of(site: Path, party: Party, *, note: Callable[[int, str], object]) -> Purse:

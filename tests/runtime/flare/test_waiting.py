@@ -1,0 +1,172 @@
+"""Between machines: sites without the package, and a server without it, run a job whose owner sends it."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_channel import Air, net
+from offsite import LACKING, OWNER, SIZES, offsite_federation, party_file
+from tiny import TinyFederation
+
+from fedllm.errors import FedllmError
+from fedllm.identity.files import KEY_FILE
+from fedllm.identity.keys import load_key
+from fedllm.identity.kit import open_kit
+from fedllm.identity.signing import Signer
+from fedllm.job.approval import approve
+from fedllm.job.job import load_party
+from fedllm.job.project import Project
+from fedllm.models import package_files
+from fedllm.runs.audit_log import AUDIT_FILE, read_log
+from fedllm.runs.folder import RunFolder
+from fedllm.runs.jsonl import read_rows, write_json
+from fedllm.runs.plan_files import write_plan
+from fedllm.runtime.consequences import consequences
+from fedllm.runtime.flare import party as party_process
+from fedllm.runtime.flare.desk import Desk
+from fedllm.runtime.flare.party import open_party
+from fedllm.runtime.flare.seal import seal_of
+from fedllm.runtime.flare.waiting import Waiting
+from fedllm.runtime.provision import provision_all
+from fedllm.runtime.run import RunResult, carry_out
+from fedllm.runtime.site import Site
+
+Make = Callable[..., TinyFederation]
+PROJECT = Project.model_validate({"name": "trial", "server": {"host": "127.0.0.1", "port": 1}, "parties": list(SIZES)})
+
+
+@pytest.fixture(scope="module")
+def kits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the sites of a project; only to be copied."""
+    root = tmp_path_factory.mktemp("kits")
+    provision_all(root / "coordinator", PROJECT, {name: root / f"site-{name}" for name in SIZES})
+    return root
+
+
+@pytest.fixture
+def made(make_federation: Make, kits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TinyFederation:
+    """Sites of which the owner's alone has the package: none has the owner's folder."""
+    monkeypatch.setattr(package_files, "PIECE_BYTES", 2**16)
+    lock, load = threading.Lock(), party_process.open_site
+
+    def one_at_a_time(*args: Any, **options: Any) -> Site:
+        with lock:
+            return load(*args, **options)
+
+    # Parties are processes; here they are threads, and transformers does not load in several at a time: it puts
+    # another `tie_weights` in place for all models while it loads one.
+    monkeypatch.setattr(party_process, "open_site", one_at_a_time)
+    shutil.copytree(kits, tmp_path / "sites")
+    made = offsite_federation(make_federation)
+    for name in SIZES:
+        if name != OWNER:
+            party_file(made.folder, name, model_name_or_path=f"../none-at-{name}")
+    return made
+
+
+def site_of(made: TinyFederation, name: str) -> Path:
+    """The site of a party, with its approval of the job."""
+    site = made.folder.parent / "sites" / f"site-{name}"
+    file = made.folder / "parties" / f"{name}.yaml"
+    signer = Signer(load_key(site / KEY_FILE))
+    approve(made.job(), load_party(file).party, signer=signer, folder=site, project=PROJECT.name)
+    (site / "state").mkdir(exist_ok=True)
+    write_json(site / "state" / "site.json", {"party_file": str(file)})
+    return site
+
+
+def run_between(made: TinyFederation, name: str = "run", *, air: Air | None = None) -> RunResult:
+    job = made.job()
+    # The coordinator's folder holds the job and nothing else.
+    (made.folder / "coordinator").mkdir(exist_ok=True)
+    away = job.located(made.folder / "coordinator")
+    kit = open_kit(made.folder.parent / "sites" / "coordinator" / "site")
+    path = made.folder / name
+    run = RunFolder.create(path, job_digest=job.digest)
+    write_plan(run, away, [])
+    asked = job.model_dump(mode="json")
+
+    def opener(party: str) -> Callable[[Desk], Any]:
+        return lambda desk: open_party(site_of(made, party), asked, run.run_id, desk)
+
+    try:
+        with net(path, {party: opener(party) for party in SIZES}, air=air, seal=seal_of(kit)) as met:
+            return carry_out(run, away, [], met.link)
+    finally:
+        run.close()
+
+
+def packages(made: TinyFederation) -> dict[str, Path]:
+    found = (made.folder.parent / "sites").glob("site-*/state/packages/*")
+    return {path.parts[-4]: path for path in found if path.is_dir() and path.suffix != ".part"}
+
+
+def test_sites_and_a_server_without_the_package_run_the_job(made: TinyFederation) -> None:
+    result = run_between(made)
+    assert result.status == "SUCCESS"
+    sent = {path.name: path.read_bytes() for path in (made.folder / "package").iterdir()}
+    assert set(packages(made)) == {f"site-{name}" for name in SIZES if name != OWNER}
+    for path in packages(made).values():
+        assert {each.name: each.read_bytes() for each in path.iterdir()} == sent
+    # The server wrote an adapter with no more of the model than its config, and keeps nothing of what passed.
+    assert result.adapter.is_dir()
+    left = [path for path in result.path.rglob("*") if path.is_file() and path.name in sent]
+    # The other one is the job's.
+    assert {path.relative_to(result.path).as_posix() for path in left} == {"config.json", "base/config.json"}
+    weights = sent["model.safetensors"][5000:5064]
+    assert not any(weights in path.read_bytes() for path in result.path.rglob("*") if path.is_file())
+    # Another run of the same package asks for the digest alone.
+    again = run_between(made, "again")
+    assert again.adapter_sha256 == result.adapter_sha256
+    events = [row["event"] for row in read_rows(again.path / "events.jsonl")]
+    assert "package_taken" not in events
+
+
+def test_lost_calls_lose_no_piece_and_nothing_is_asked_before_the_package(made: TinyFederation) -> None:
+    site, count = made.folder.parent / "sites" / f"site-{LACKING}", [0]
+
+    def bad(caller: str, peer: str, topic: Any, body: Any) -> bool:
+        count[0] += 1
+        return count[0] % 31 == 0
+
+    assert run_between(made, air=Air(bad=bad)).status == "SUCCESS"
+    noted = [entry for _, _, entry in read_log(site / AUDIT_FILE) if entry and entry.event == "operation"]
+    kinds = [entry.kind for entry in noted if entry.way == "asked"]
+    pieces = kinds.count("TakePiece")
+    assert pieces > 2 and kinds[: pieces + 3] == ["WantPackage", "TakeKey", *["TakePiece"] * pieces, "Hello"]
+
+
+def test_a_site_that_takes_no_package_says_so_and_ends_the_run(made: TinyFederation) -> None:
+    party_file(made.folder, LACKING, model_name_or_path="../none", limits={"max_package_bytes": 0})
+    with pytest.raises(FedllmError) as refused:
+        run_between(made)
+    assert (refused.value.code, refused.value.where) == ("POLICY_REFUSED", f"party {LACKING}")
+    assert f"site-{LACKING}" not in packages(made)
+
+
+def test_a_site_approves_a_job_before_it_has_the_package(made: TinyFederation) -> None:
+    located = load_party(made.folder / "parties" / f"{LACKING}.yaml")
+    found = consequences(made.job(), located)
+    assert (found.trainable_parameters, found.bytes_up_in_all) == (None, None)
+    assert [(read.use, read.examples) for read in found.data] == [("training", SIZES[LACKING]), ("held-out", 3)]
+    assert OWNER in found.base and "TakePiece" not in found.operations and "Train" in found.operations
+    none = load_party(party_file(made.folder, LACKING, model_name_or_path="../none", limits={"max_package_bytes": 0}))
+    with pytest.raises(FedllmError) as refused:
+        consequences(made.job(), none)
+    assert refused.value.code == "POLICY_REFUSED"
+
+
+def test_a_site_that_waits_answers_nothing_else(made: TinyFederation) -> None:
+    party = open_party(
+        site_of(made, LACKING), made.job().model_dump(mode="json"), "0" * 32, Desk(Air().channel(LACKING, ["server"]))
+    )
+    assert isinstance(party, Waiting)
+    with pytest.raises(FedllmError) as missing:
+        party.host.ready([])
+    assert missing.value.code == "MODEL_NOT_FOUND"
+    party.close()
