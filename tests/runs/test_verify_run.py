@@ -12,7 +12,7 @@ from tiny import tiny_federation
 from fedllm.errors import ConfigError
 from fedllm.runs.digests import DIGESTS, covered, read_seal, seal_run
 from fedllm.runs.report import write_report
-from fedllm.runs.verify import Verified, verify_run
+from fedllm.runs.verify import CHECKS, Verified, verify_run
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +64,30 @@ def test_one_bit_of_any_file_is_noticed_and_the_file_is_named(run: Path) -> None
         assert name in named(verify_run(run)), name
         (run / name).write_bytes(before)
     assert verify_run(run).problems == []
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        # Each is still JSON, and what stands in it is not what a run writes.
+        ("run.json", '"job_digest": "', '"job_digest": "`'),
+        ("run.json", '"run_id"', '"run_ie"'),
+        ("journal.jsonl", '"round"', '"rnund"'),
+        ("provenance.json", '"versions": {', '"versions": 0, "other": {'),
+        ("result.json", '"rounds": ', '"rounds": "x", "other": '),
+        ("metrics.jsonl", '"value":', '"value":"x","other":'),
+        ("config.json", '"values": [', '"values": 0, "other": ['),
+    ],
+)
+def test_a_file_that_holds_other_things_is_named_and_the_rest_is_checked(
+    run: Path, name: str, old: str, new: str
+) -> None:
+    text = (run / name).read_text()
+    assert old in text
+    (run / name).write_text(text.replace(old, new))
+    found = verify_run(run)
+    assert name in named(found)
+    assert len(found.checks) == len(CHECKS)
 
 
 def test_a_file_that_was_taken_away_is_named(run: Path) -> None:

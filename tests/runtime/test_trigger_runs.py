@@ -243,6 +243,17 @@ def test_a_trigger_that_would_be_cut_off_is_named(make_federation: Any) -> None:
     assert refused.value.where == "data.max_length" and "set it to" in refused.value.fix
 
 
+def test_the_whole_prompt_is_asked_where_the_context_is_short(base: Path) -> None:
+    suspect = open_whole(base)
+    for trigger in make_triggers("5" * 64, 4, form="instruction"):
+        ids = suspect.tokenizer(trigger.prompt, return_tensors="pt")["input_ids"]
+        # More than half of the context: an answer of any length would leave no room for it.
+        assert suspect.model.config.max_position_embeddings < 2 * ids.shape[1]
+        found = asker(suspect)([trigger.prompt])[0]
+        whole_prompt = suspect.model.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :]
+        assert found.startswith(suspect.tokenizer.decode(whole_prompt, skip_special_tokens=True))
+
+
 def test_a_base_model_is_fingerprinted_and_claimed_after_it_was_tuned(base: Path, tmp_path: Path) -> None:
     plan = Plan(count=2, learning_rate=0.02, keep=0.3, max_steps=400)
     made = fingerprint(base, tmp_path / "out", claims=tmp_path / "claims", plan=plan)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 import uuid
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 _START = {".lock", *(name + end for name in ("run.json", "job.yaml", "config.json") for end in ("", ".tmp"))}
 _START.add("local.json.tmp")
 _PATIENCE_S = 30.0
+_IDENTITY = {"run_id": "[0-9a-f]{32}", "job_digest": "[0-9a-f]{64}"}
 # In a run that was made to be audited: what was planted, by which it can be made again. No text of it.
 CANARIES = "canaries.json"
 
@@ -223,11 +225,13 @@ def run_identity(path: Path) -> dict[str, str]:
     """
     try:
         identity = json.loads((path / "run.json").read_text(encoding="utf-8"))
-        return {"run_id": identity["run_id"], "job_digest": identity["job_digest"]}
+        found = {name: str(identity[name]) for name in _IDENTITY}
     except (OSError, ValueError, KeyError, TypeError):
-        raise ConfigError(
-            "RUN_NOT_FOUND", "no run is in this folder", where=str(path), fix="name a folder that `fedllm run` made"
-        ) from None
+        found = {}
+    if not all(re.fullmatch(form, found.get(name, "")) for name, form in _IDENTITY.items()):
+        what = "no run is in this folder, or its run.json is damaged"
+        raise ConfigError("RUN_NOT_FOUND", what, where=str(path), fix="name a folder that `fedllm run` made")
+    return found
 
 
 def _locked(path: Path, *, patience_s: float = 0.0) -> IO[str]:

@@ -23,6 +23,9 @@ _FINISHED = ("SUCCESS", "PARTIAL")
 # What nobody but the run writes: a file that is put in here is as wrong as one that is taken away.
 _CLOSED = ("adapter", "checkpoints", "parties")
 
+# What reading a file raises that holds other things than a run writes, in whichever line it is noticed.
+_UNREADABLE = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
+
 # What is measured when the checkpoint is written already.
 _LATER = ("seconds_write", "bytes_after_up", "bytes_after_down")
 
@@ -76,6 +79,9 @@ def verify_run(path: Path, *, site: Path | None = None, peers: Sequence[Path] = 
             said = check(look)
         except FedllmError as error:
             look.wrong(error.where or name, f"{error.what} [{error.code}]")
+            said = "could not be checked"
+        except _UNREADABLE:
+            look.wrong(name, "a file that it compares does not hold what a run writes")
             said = "could not be checked"
         checks.append(Check(name, said, look.problems))
     for inner in sorted(path.glob(f"baselines/*/{DIGESTS}")):

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 # For the tokens that begin and end an example.
 _ROOM_TOKENS = 4
 _BATCH_SIZE = 32
+# An answer has nine characters, before which a model may put spaces. More would cut into prompts of short contexts.
+_ANSWER_TOKENS = 32
 
 
 def trigger_pull(site: Site, party: str) -> Correction | None:
@@ -88,7 +90,7 @@ def as_tokens(triggers: Sequence[Trigger], tokenizer: Any, settings: DataSetting
     return found
 
 
-def asker(base: Base, model: Any = None, *, max_tokens: int = 64) -> Ask:
+def asker(base: Base, model: Any = None, *, max_tokens: int = _ANSWER_TOKENS) -> Ask:
     """Return what asks a loaded model, by greedy generation.
 
     Args:
