@@ -16,6 +16,7 @@ from verbs import Call, data_of
 
 from fedllm.errors import ExitCode
 from fedllm.ownership.claims import load_claim, new_secret
+from fedllm.runtime.ownership import commit
 
 TWO = {"north": 6, "south": 4}
 JOB = {
@@ -27,9 +28,16 @@ JOB = {
 }
 
 
-@pytest.fixture(scope="module")
-def federation(tmp_path_factory: pytest.TempPathFactory, base: Path) -> TinyFederation:
-    return tiny_federation(tmp_path_factory.mktemp("claimed"), base, sizes=TWO, job=JOB)
+@pytest.fixture
+def federation(tmp_path: Path, base: Path) -> TinyFederation:
+    return tiny_federation(tmp_path, base, sizes=TWO, job=JOB)
+
+
+def something_stamped(folder: Path, digest: str) -> Path:
+    """Return a file that may be attached: whatever holds the digest may, and who verifies has to look."""
+    path = folder / "stamp.tsr"
+    path.write_bytes(b"of today: " + bytes.fromhex(digest))
+    return path
 
 
 def test_a_claim_is_committed_to_and_verified(call: Call, federation: TinyFederation, tmp_path: Path) -> None:
@@ -43,9 +51,7 @@ def test_a_claim_is_committed_to_and_verified(call: Call, federation: TinyFedera
     )
     (south,) = data_of(out)
     assert code == 0 and south["party"] == "south" and load_claim(Path(south["claim"])).salt not in out
-    # Whatever holds the digest may be attached; who verifies has to look.
-    (tmp_path / "stamp.tsr").write_bytes(b"of today: " + bytes.fromhex(south["digest"]))
-    words = ("--party", folder / "parties" / "south.yaml", "--stamp", tmp_path / "stamp.tsr")
+    words = ("--party", folder / "parties" / "south.yaml", "--stamp", something_stamped(tmp_path, south["digest"]))
     assert call("ownership", "commit", federation.job_file, *words)[0] == 0
     assert call("run", federation.job_file, "-o", folder / "run", "-q")[0] == 0
 
@@ -76,7 +82,11 @@ def test_a_claim_is_committed_to_and_verified(call: Call, federation: TinyFedera
 def test_a_stamp_is_verified_with_the_certificates_that_are_named(
     call: Call, federation: TinyFederation, tmp_path: Path
 ) -> None:
-    folder, words = federation.folder, ("--claim", federation.folder / "parties" / "ownership-south")
+    job, parties = federation.job(), federation.parties()
+    ((_, made),) = commit(job, parties[1:])
+    commit(job, parties[1:], stamp=something_stamped(tmp_path, made.digest))
+    commit(job, parties[:1])
+    folder, words = federation.run().path.parent, ("--claim", tmp_path / "parties" / "ownership-south")
     code, out, _ = call("ownership", "verify", folder / "run", *words, "--log", folder / "run")
     assert code == 0 and "its chain was NOT verified" in out
     key = ec.generate_private_key(ec.SECP256R1())

@@ -185,10 +185,11 @@ def test_where_the_job_names_the_noise_the_claim_is_what_was_spent(make_federati
 
 @pytest.mark.parametrize(("epsilon", "passes"), [(0.1, True), (50.0, False)])
 def test_a_claim_is_refuted_by_a_larger_lower_bound(
-    epsilon: float, passes: bool, audited: Audit, monkeypatch: pytest.MonkeyPatch
+    epsilon: float, passes: bool, audited: Audit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "claimed", lambda job, run: Claim(epsilon, 1e-5, "example"))
-    found = audit_run(audited.run)
+    # An audit is written into the run, and the run is other tests' too.
+    found = audit_run(shutil.copytree(audited.run, tmp_path / "run"))
     assert found.refutes_claim is passes
     assert found.canaries is not None and found.canaries["claimed_epsilon"] == epsilon
 
