@@ -31,10 +31,15 @@ def cpu_seconds(command: list[str]) -> float:
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-def test_help_costs_less_than_a_third_of_a_second() -> None:
-    command = [sys.executable, "-m", "fedllm", "--help"]
+def test_help_costs_less_than_twice_that_of_a_program_of_one_verb() -> None:
+    """A third of a second on the machines of today. Seconds are the machine's, and a ratio is ours."""
+    smallest = "import typer, rich.console\ntyper.run(lambda: None)"
     # The least of several: what else the machine does only adds to it.
-    assert min(cpu_seconds(command) for _ in range(5)) < 0.3
+    ours, least = (
+        min(cpu_seconds([sys.executable, *words, "--help"]) for _ in range(5))
+        for words in (["-m", "fedllm"], ["-c", smallest])
+    )
+    assert ours < 2 * least
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["data", "check", "--help"]])

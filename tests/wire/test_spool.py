@@ -167,7 +167,7 @@ def test_silence_is_given_up_and_what_came_is_kept(tmp_path: Path, monkeypatch: 
     with pytest.raises(PayloadError) as caught:
         pulled(Spool(tmp_path), data, peer)
     assert caught.value.code == "ROUND_TIMEOUT"
-    assert 0.3 <= time.monotonic() - started < 3
+    assert 0.3 <= time.monotonic() - started < 10
     assert sum(path.stat().st_size for path in tmp_path.glob("*.part")) >= MEBI / 2
 
 
