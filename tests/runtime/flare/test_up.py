@@ -90,7 +90,7 @@ def wait_until_none(found: Callable[[], list[Any]], *, seconds: float = 10) -> b
     return True
 
 
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(280)
 def test_an_interrupted_run_ends_its_processes_and_goes_on_at_the_next_call(make_federation: Make) -> None:
     # Sums are secure here: each site signs with the key of its kit, and of three none may be missing.
     plan = PLAN | {
