@@ -16,6 +16,10 @@ from typing import Any
 
 import psutil
 
+# For how long a test waits for one thing. It is there so that nothing hangs: ten processes that load torch on two busy
+# cores take minutes for what takes seconds elsewhere.
+PATIENCE_S = 240.0
+
 # What tells FLARE's processes from each other; PARTY is put in.
 SIGNS = {
     "server parent": ("server_train",),
@@ -60,16 +64,16 @@ class Deployed:
     def kill(self, what: str, *, party: str = "north") -> None:
         os.kill(self.find(what, party=party).pid, signal.SIGKILL)
 
-    def wait_for(self, happened: Callable[[], bool], *, seconds: float = 90) -> None:
-        until = time.monotonic() + seconds
+    def wait_for(self, happened: Callable[[], bool]) -> None:
+        until = time.monotonic() + PATIENCE_S
         while not happened():
             assert time.monotonic() < until, self.logs()
             assert self.process.poll() is None or happened(), self.logs()
             time.sleep(0.02)
 
-    def end(self, *, seconds: float = 90) -> int:
+    def end(self) -> int:
         try:
-            return self.process.wait(seconds)
+            return self.process.wait(PATIENCE_S)
         except subprocess.TimeoutExpired:
             raise AssertionError(self.logs()) from None
 

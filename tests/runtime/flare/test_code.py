@@ -104,7 +104,7 @@ def processes(commands: dict[str, list[str]], logs: Path) -> Iterator[None]:
         sockets.cleanup()
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(300)
 def test_code_and_foreign_classes_are_refused_at_the_site_and_never_run(tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -129,7 +129,7 @@ def test_code_and_foreign_classes_are_refused_at_the_site_and_never_run(tmp_path
     write_jobs(jobs)
     expected = [path.name for path in jobs.iterdir()]
     with processes(commands, tmp_path):
-        until = time.monotonic() + 120
+        until = time.monotonic() + 240
         while not all((jobs / f"{name}.txt").exists() for name in expected) and time.monotonic() < until:
             time.sleep(0.2)
         found = {path.stem: path.read_text() for path in jobs.glob("*.txt")}

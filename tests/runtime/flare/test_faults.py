@@ -34,7 +34,7 @@ SIZES = {"north": 6, "east": 5, "south": 5}
 
 
 @thorough
-@pytest.mark.timeout(150)
+@pytest.mark.timeout(600)
 def test_a_party_that_misbehaves_is_named_and_the_others_go_on_to_the_same_bits(
     make_federation: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -44,7 +44,7 @@ def test_a_party_that_misbehaves_is_named_and_the_others_go_on_to_the_same_bits(
     said = " ".join(["east", *(f"{number}={fault}" for number, (fault, _) in BY_ROUND.items())])
     environment = {"PYTHONPATH": faulty, FAULTS: said}
     with deployed(federation.job_file, federation.folder / "up", environment=environment) as up:
-        assert up.end(seconds=140) == 0
+        assert up.end() == 0
         assert failures(up) == {number: code for number, (_, code) in BY_ROUND.items() if code}
         assert stale(up) >= 1
         assert up.verdict()["adapter_sha256"] == expected
