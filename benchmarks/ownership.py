@@ -172,26 +172,37 @@ def kolmogorov(values: list[float]) -> float:
     return min(1.0, 2 * sum((-1) ** (k - 1) * math.exp(-2 * k * k * scaled**2) for k in range(1, 101)))
 
 
-def marks_table(job_file: Path, seeds: int) -> None:
-    """Print what marks cost and prove."""
+def marks_table(job_file: Path, seeds: range) -> None:
+    """Print what marks cost and prove; the change has its standard error over the seeds, each beside its own twin."""
     print("| run | loss on the task | change | bits read | worst p | random keys: KS p | flipped bits: least p |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     base = weights_of(job_file.parent / "base")
-    plain = [task_loss(run_of(job_file, "plain", seed, {})[0]) for seed in range(seeds)]
-    print(f"| no marks, mean of {seeds} seeds | {statistics.fmean(plain):.4f} | | | | | |", flush=True)
-    for name, changes, count in (("product", MARKED, seeds), ("product, secure sum", MARKED | SUMS, 1)):
+    plain = [task_loss(run_of(job_file, "plain", seed, {})[0]) for seed in seeds]
+    print(f"| no marks, {_seeds_text(seeds)} | {_losses_text(plain)} | | | | | |", flush=True)
+    for name, changes, chosen in (("product", MARKED, seeds), ("product, secure sum", MARKED | SUMS, seeds[:1])):
         losses, reads = [], []
-        for seed in range(count):
+        for seed in chosen:
             result, claims, _ = run_of(job_file, name.replace(", ", "-").replace(" ", "-"), seed, changes)
             losses.append(task_loss(result))
             own = merged_weights(result)
             reads.append((worst(claims, own, base), _bits(claims, own, base)))
         ks, flipped = random_key_p(claims[0], own, base), min(p_of(one, own, base, flip=True) for one in claims)
-        change = statistics.fmean(losses) / statistics.fmean(plain[:count]) - 1
+        twins = [loss / alone - 1 for loss, alone in zip(losses, plain, strict=False)]
+        change = f"{statistics.fmean(twins):+.1%}"
+        if len(twins) > 1:
+            change += f" ± {statistics.stdev(twins) / math.sqrt(len(twins)):.1%}"
         bits, p = min(bits for _, bits in reads), max(p for p, _ in reads)
-        seeds_text = f", mean of {count} seeds" if count > 1 else ", seed 0"
-        cells = f"{statistics.fmean(losses):.4f} | {change:+.1%} | {bits} of 128 | {p:.1e} | {ks:.2f} | {flipped:.2f}"
-        print(f"| {name}{seeds_text} | {cells} |", flush=True)
+        cells = f"{_losses_text(losses)} | {change} | {bits} of 128 | {p:.1e} | {ks:.2f} | {flipped:.2f}"
+        print(f"| {name}, {_seeds_text(chosen)} | {cells} |", flush=True)
+
+
+def _seeds_text(seeds: range) -> str:
+    return f"seeds {seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else f"seed {seeds[0]}"
+
+
+def _losses_text(losses: list[float]) -> str:
+    each = " ".join(f"{loss:.4f}" for loss in losses)
+    return f"{statistics.fmean(losses):.4f} ({each})" if len(losses) > 1 else each
 
 
 def _bits(claims: list[Claim], own: Weights, base: Weights) -> int:
@@ -324,11 +335,13 @@ def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=3, help="runs with marks and without, each")
+    parser.add_argument("--first-seed", type=int, default=0, help="the first of these seeds")
     parser.add_argument("--only", choices=("marks", "attacks", "norms", "trial"), help="one of the tables")
     arguments = parser.parse_args()
     quiet_dependencies()
+    first = arguments.first_seed
     tables: dict[str, Callable[[Path], None]] = {
-        "marks": lambda job_file: marks_table(job_file, arguments.seeds),
+        "marks": lambda job_file: marks_table(job_file, range(first, first + arguments.seeds)),
         "attacks": robustness_table,
         "norms": norms_table,
         "trial": trial_table,
