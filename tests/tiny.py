@@ -44,12 +44,14 @@ def make_tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 
-def save_base(folder: Path, *, seed: int = 0, **config: Any) -> Path:
+def save_base(folder: Path, *, seed: int = 0, head: float = 1.0, **config: Any) -> Path:
     """Write a random Llama (hidden 32, 2 layers) with its tokenizer into a folder and return it.
 
     Args:
         folder: Where it goes.
         seed: Of its weights.
+        head: Factor of the head's weights. With 1 the likeliest token has a fifth of the chances at most, however the
+            layers below are tuned, and what greedy generation writes hangs by a hair.
         config: Other values of `LlamaConfig`.
     """
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -74,6 +76,7 @@ def save_base(folder: Path, *, seed: int = 0, **config: Any) -> Path:
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.15)
+        model.lm_head.weight.mul_(head)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

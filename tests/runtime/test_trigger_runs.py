@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import records, tiny_federation, write_jsonl
+from tiny import records, save_base, tiny_federation, write_jsonl
 
 from fedllm.data.batches import collate
 from fedllm.data.settings import DataSettings
@@ -59,6 +59,12 @@ class Marked:
 
     def asked(self, model: Path | None = None, **more: Any) -> Asked:
         return ask_claims([self.claim], Suspected(model, self.base, **more))[0]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One that can be sure of a word: keys are drawn anew each time, and every one must be learnt, and kept."""
+    return save_base(tmp_path_factory.mktemp("base"), head=4.0)
 
 
 @pytest.fixture(scope="module")
