@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import random
+import threading
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
 
+from fedllm.models.methods import quiet_peft
 from fedllm.seeds import global_generators_kept, global_torch_stream, stream, torch_generator
 
 
@@ -58,3 +62,35 @@ def test_inside_the_block_torch_draws_from_the_named_stream() -> None:
     assert drawn("dropout", 1) == drawn("dropout", 1)
     assert drawn("dropout", 1) != drawn("dropout", 2)
     assert drawn("dropout", 1) == torch.rand(4, generator=torch_generator(3, "dropout", 1)).tolist()
+
+
+def test_threads_that_draw_at_the_same_time_get_their_own_streams() -> None:
+    def drawn(party: str) -> list[float]:
+        with global_torch_stream(7, "dropout", party):
+            return [float(torch.rand(1)) for _ in range(2000)]
+
+    names = [f"party-{number}" for number in range(4)]
+    alone = {name: drawn(name) for name in names}
+    with ThreadPoolExecutor(len(names)) as pool:
+        assert dict(zip(names, pool.map(drawn, names), strict=True)) == alone
+
+
+def test_threads_that_keep_warnings_back_leave_the_filters_as_they_were() -> None:
+    first_is_in, second_is_in = threading.Event(), threading.Event()
+
+    def first() -> None:
+        with quiet_peft():
+            first_is_in.set()
+            second_is_in.wait(0.3)  # in vain: it leaves before the other comes in
+
+    def second() -> None:
+        first_is_in.wait()
+        with quiet_peft():
+            second_is_in.set()
+            leaves.result()
+
+    before = list(warnings.filters)
+    with ThreadPoolExecutor(2) as pool:
+        leaves = pool.submit(first)
+        pool.submit(second).result()
+    assert warnings.filters == before

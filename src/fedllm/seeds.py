@@ -5,11 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
 import torch
+
+# Held while something is changed that all threads of the process share: the global generators, the filters of
+# warnings, and what transformers puts in place of its own functions while it loads a model.
+PROCESS_STATE = threading.RLock()
 
 
 def _key(seed: int, labels: tuple[str | int, ...]) -> bytes:
@@ -36,10 +41,10 @@ def torch_generator(seed: int, *labels: str | int) -> torch.Generator:
 def global_generators_kept() -> Iterator[None]:
     """Leave the global generators of Python, numpy and torch as they were found.
 
-    For code of others that draws from them, such as dropout and `transformers.Trainer`.
+    For code of others that draws from them, such as dropout and `transformers.Trainer`. One thread at a time.
     """
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
+    with PROCESS_STATE, torch.random.fork_rng():
+        python_state, numpy_state = random.getstate(), np.random.get_state()
         try:
             yield
         finally:

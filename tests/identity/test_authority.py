@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import base64
 import datetime
 import ipaddress
 import ssl
+import warnings
 from pathlib import Path
 
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.utils import CryptographyDeprecationWarning
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from identities import Keys, Trial, put_key, weak_key
 
@@ -143,6 +146,21 @@ def test_this_machine_s_own_names_are_only_in_a_certificate_for_this_machine(aut
         "127.0.0.1": [here, "localhost"],
         "localhost": ["localhost", here],
     }
+
+
+def test_a_serial_number_that_is_not_positive_is_refused_without_a_filter_for_every_thread(
+    authority: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(warnings, "catch_warnings", None)
+    der = authority.certificate.public_bytes(serialization.Encoding.DER)
+    serial = authority.certificate.serial_number.to_bytes(20, "big").lstrip(b"\0")
+    assert der.count(serial) == 1
+    for number in (bytes(len(serial)), b"\xff" + serial[1:]):
+        body = base64.b64encode(der.replace(serial, number)).decode()
+        pem = f"-----BEGIN CERTIFICATE-----\n{body}\n-----END CERTIFICATE-----\n".encode()
+        for action in ("error", "ignore"):
+            warnings.simplefilter(action, CryptographyDeprecationWarning)  # pytest puts its own back
+            assert code_of(read_certificate, pem, where="north") == "CERT_REFUSED"
 
 
 def test_a_request_gets_a_name_and_nothing_else_that_it_asks_for(authority: Authority, keys: Keys) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import warnings
 from dataclasses import dataclass
 
 from cryptography import x509
@@ -51,16 +50,16 @@ def read_certificate(pem: bytes, *, where: str) -> x509.Certificate:
     if pem.count(_PEM_START) != 1:
         raise _refused(f"holds {pem.count(_PEM_START)} certificates instead of one", where)
     try:
-        with warnings.catch_warnings():
-            # What the library only warns of, such as a serial number that is not positive, is refused.
-            warnings.simplefilter("error")
-            return _parsed(pem)
+        return _parsed(pem)
     except UNREADABLE:
         raise _refused("not a certificate in PEM form", where) from None
 
 
 def _parsed(pem: bytes) -> x509.Certificate:
     certificate = x509.load_pem_x509_certificate(pem)
+    if certificate.serial_number < 1:
+        # The library only warns of it. A filter that makes an error of the warning would do so in every thread.
+        raise ValueError
     # The library reads these parts when they are first asked for; a broken one is to be found here, not later.
     _ = certificate.public_key(), certificate.subject, certificate.issuer, certificate.extensions
     _ = certificate.signature_hash_algorithm, certificate.not_valid_before_utc, certificate.not_valid_after_utc

@@ -302,7 +302,7 @@ def _from_pretrained(settings: ModelSettings, folder: Path, device: str, task: T
     import transformers
 
     try:
-        with no_progress_bar(), global_generators_kept():
+        with global_generators_kept(), no_progress_bar():
             model, loaded = getattr(transformers, AUTO_CLASSES[task.name]).from_pretrained(
                 folder,
                 config=model_config(folder, task),

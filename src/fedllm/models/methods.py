@@ -14,7 +14,7 @@ from fedllm.errors import ModelError
 from fedllm.models.blocks import cuts_of, in_tuned, inside, tuned_prefixes
 from fedllm.models.bottleneck import add_bottlenecks, bottlenecks
 from fedllm.models.settings import OWN_TYPES, PROMPT_TYPES, PeftSettings
-from fedllm.seeds import global_generators_kept
+from fedllm.seeds import PROCESS_STATE, global_generators_kept
 from fedllm.tasks import CAUSAL_LM, CLASSIFICATION, TaskName
 
 _TASK_TYPES = {"causal_lm": "CAUSAL_LM", "seq2seq_lm": "SEQ_2_SEQ_LM", "sequence_classification": "SEQ_CLS"}
@@ -131,7 +131,7 @@ def _by_peft(base_model: Any, peft: PeftSettings, task: TaskName) -> Any:
 @contextmanager
 def quiet_peft() -> Iterator[None]:
     """Keep back what PEFT warns of without need, for as long as the context lasts."""
-    with warnings.catch_warnings():
+    with PROCESS_STATE, warnings.catch_warnings():
         # It asks transformers for a property under its old name.
         warnings.simplefilter("ignore", FutureWarning)
         for message in _NEEDLESS:

@@ -18,7 +18,7 @@ from fedllm.data.batches import IGNORED, collate
 from fedllm.data.tokens import TokenisedExample
 from fedllm.errors import ModelError
 from fedllm.models.loss import target_losses
-from fedllm.seeds import torch_generator
+from fedllm.seeds import PROCESS_STATE, torch_generator
 
 Gradients = dict[str, torch.Tensor]
 _Parameters = dict[str, nn.Parameter]
@@ -115,7 +115,7 @@ def checked(model: Any, parameters: _Parameters, *, pad_id: int, example: Tokeni
         expected = plain(rows)
         try:
             # torch warns where it goes through the examples one by one after all.
-            with warnings.catch_warnings(category=UserWarning, action="error"):
+            with PROCESS_STATE, warnings.catch_warnings(category=UserWarning, action="error"):
                 found = quick(rows)
         except _MISFITS:
             return plain

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,14 +26,12 @@ from fedllm.runs.folder import RunFolder
 from fedllm.runs.jsonl import read_rows, write_json
 from fedllm.runs.plan_files import write_plan
 from fedllm.runtime.consequences import consequences
-from fedllm.runtime.flare import party as party_process
 from fedllm.runtime.flare.desk import Desk
 from fedllm.runtime.flare.party import open_party
 from fedllm.runtime.flare.seal import seal_of
 from fedllm.runtime.flare.waiting import Waiting
 from fedllm.runtime.provision import provision_all
 from fedllm.runtime.run import RunResult, carry_out
-from fedllm.runtime.site import Site
 
 Make = Callable[..., TinyFederation]
 PROJECT = Project.model_validate({"name": "trial", "server": {"host": "127.0.0.1", "port": 1}, "parties": list(SIZES)})
@@ -52,15 +49,6 @@ def kits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def made(make_federation: Make, kits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TinyFederation:
     """Sites of which the owner's alone has the package: none has the owner's folder."""
     monkeypatch.setattr(package_files, "PIECE_BYTES", 2**16)
-    lock, load = threading.Lock(), party_process.open_site
-
-    def one_at_a_time(*args: Any, **options: Any) -> Site:
-        with lock:
-            return load(*args, **options)
-
-    # Parties are processes; here they are threads, and transformers does not load in several at a time: it puts
-    # another `tie_weights` in place for all models while it loads one.
-    monkeypatch.setattr(party_process, "open_site", one_at_a_time)
     shutil.copytree(kits, tmp_path / "sites")
     made = offsite_federation(make_federation)
     for name in SIZES:
