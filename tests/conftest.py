@@ -8,12 +8,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 # Before anything imports transformers: no network, no advice, one thread as in the plan.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# Drawn examples are the same in every run, on a fast machine and on a slow one; `make thorough` draws new ones.
+settings.register_profile(
+    "fedllm",
+    derandomize=not os.environ.get("FEDLLM_THOROUGH"),
+    database=None,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("fedllm")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -43,7 +43,7 @@ def summed(terms: list[tuple[int, list[float]]], counts: list[float] | None = No
 
 
 @given(terms=terms_strategy)
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_the_mean_is_the_exact_weighted_mean_of_the_rounded_values(terms: list[tuple[int, list[float]]]) -> None:
     total = sum(weight for weight, _ in terms)
     means = summed(terms).means()["w"].tolist()
@@ -70,7 +70,7 @@ def test_the_sum_is_that_of_the_values_on_the_grid_whatever_their_size_and_type(
 
 
 @given(terms=terms_strategy, data=st.data())
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_every_order_gives_the_same_bits(terms: list[tuple[int, list[float]]], data: st.DataObject) -> None:
     shuffled = data.draw(st.permutations(terms))
     assert bits(summed(terms).means()) == bits(summed(shuffled).means())
@@ -113,7 +113,7 @@ def test_parties_that_fit_alone_but_not_together_are_refused() -> None:
 
 
 @given(weight=st.integers(1, 2**33), exponent=st.floats(-40, 34), repeats=st.integers(1, 4))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_whatever_is_accepted_does_not_overflow(weight: int, exponent: float, repeats: int) -> None:
     value = torch.tensor([2.0**exponent], dtype=torch.float32)
     grid, exact = GridSum(), Fraction(0)
@@ -153,7 +153,7 @@ def test_a_count_beyond_reason_is_refused_and_nothing_is_added(value: float) -> 
 
 
 @given(numbers=st.lists(st.floats(-1e9, 1e9), min_size=1, max_size=8), data=st.data())
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_counts_are_summed_unweighted_and_in_any_order(numbers: list[float], data: st.DataObject) -> None:
     found = set()
     for order in (numbers, data.draw(st.permutations(numbers))):

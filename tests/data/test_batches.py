@@ -81,7 +81,7 @@ def test_packing_keeps_every_token_once_within_the_length(lengths: list[int], ma
     assert (packed["labels"] != IGNORED).sum() == (plain["labels"] != IGNORED).sum()
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(lengths=LENGTHS)
 def test_packed_logits_and_loss_are_those_of_the_examples_alone(llama: LlamaForCausalLM, lengths: list[int]) -> None:
     examples = [example(*((3 + 5 * i + j) % 32 for j in range(n))) for i, n in enumerate(lengths)]

@@ -134,7 +134,7 @@ TEXT = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1).filte
 RECORDS = st.lists(st.fixed_dictionaries({"prompt": TEXT, "completion": TEXT}), min_size=1, max_size=5)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(RECORDS, st.booleans())
 def test_any_text_survives_jsonl_json_and_csv(
     tmp_path_factory: pytest.TempPathFactory, records: list[dict[str, str]], ascii_only: bool

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fedllm.data.formats import Example
@@ -18,7 +18,6 @@ EXAMPLES = tuple(Example(prompt=pair["prompt"], completion=pair["completion"]) f
 Write = Callable[..., Path]
 
 
-@settings(deadline=None)  # the first call imports torch
 @given(
     st.lists(st.integers(0, 12), max_size=60).map(lambda ids: [0, *ids, 1]),
     st.floats(0.01, 0.99),

@@ -93,7 +93,7 @@ class Machines:
         elif words[0] == "fedllm":
             self.listen(self.in_process(machine, words))
         else:
-            subprocess.run(line, shell=True, cwd=self.root / machine, check=True, timeout=10)  # noqa: S602
+            subprocess.run(line, shell=True, cwd=self.root / machine, check=True, timeout=60)  # noqa: S602
 
     def start(self, machine: str, words: list[str]) -> None:
         with (self.root / f"{machine}-{words[1]}.log").open("wb") as log:
@@ -126,7 +126,7 @@ class Machines:
         """End the processes in the order in which they were started; return their exit codes."""
         for process in self.running:
             process.send_signal(signal.SIGTERM)
-        return [process.wait(30) for process in self.running]
+        return [process.wait(120) for process in self.running]
 
     def kill(self) -> None:
         """Leave nothing behind, whatever happened."""

@@ -186,7 +186,7 @@ def test_a_changed_bit_of_an_archive_is_refused_or_changes_nothing(provisioned: 
     assert refused > 500
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.binary(max_size=300), st.booleans())
 def test_bytes_that_are_no_kit_are_refused(data: bytes, has_end: bool) -> None:
     end = struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 1, 1, len(data), 0, 0) if has_end else b""

@@ -306,7 +306,7 @@ def test_the_digest_does_not_change_from_release_to_release_unnoticed(tmp_path: 
         ]
     ),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_the_run_folder_gives_back_the_same_job(
     name: str,
     parties: list[str],

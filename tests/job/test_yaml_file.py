@@ -198,7 +198,7 @@ trees = st.recursive(
 
 
 @given(values=st.dictionaries(words, trees, min_size=1, max_size=4))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_what_the_run_folder_writes_is_read_back_with_the_same_types(
     values: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
 ) -> None:

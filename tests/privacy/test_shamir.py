@@ -13,7 +13,7 @@ from fedllm.privacy.shamir import PRIME, join, split
 
 
 @given(places=st.integers(1, 12), data=st.data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_any_so_many_shares_give_the_secret_back(places: int, data: st.DataObject) -> None:
     threshold = data.draw(st.integers(1, places))
     secret = data.draw(st.binary(min_size=32, max_size=32))

@@ -107,7 +107,7 @@ def test_rewinding_forgets_later_rounds_in_one_step(tmp_path: Path, monkeypatch:
 
 
 @given(numbers=st.lists(st.integers(0, 5), max_size=12), keep=st.integers(-1, 6))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_rewinding_keeps_the_order_of_what_is_left(
     numbers: list[int], keep: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

@@ -33,7 +33,7 @@ numbers = st.builds(number, st.integers(0, 3), st.integers(0, 3))
 
 
 @given(sent=st.lists(numbers, max_size=20), restarts=st.sets(st.integers(0, 19)))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_what_passes_only_goes_up_whatever_is_sent_and_however_often_a_party_restarts(
     sent: list[int], restarts: set[int], tmp_path_factory: pytest.TempPathFactory
 ) -> None:

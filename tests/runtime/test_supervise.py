@@ -30,7 +30,7 @@ PARENT = "import subprocess, sys, time; p = subprocess.Popen([sys.executable, '-
 PARENT += "print(p.pid, flush=True); time.sleep(60)"
 
 
-def wait_for(happened: Callable[[], object], *, seconds: float = 10) -> None:
+def wait_for(happened: Callable[[], object], *, seconds: float = 60) -> None:
     until = time.monotonic() + seconds
     while not happened():
         assert time.monotonic() < until, "it did not happen"
@@ -133,9 +133,9 @@ def test_processes_that_do_not_listen_are_killed_together_after_one_grace(tmp_pa
         child.keep()
     wait_for(lambda: all(child.log.read_text() for child in children))
     began = time.monotonic()
-    stop_all(children, within_s=1.0)
-    # One after the other would be five seconds.
-    assert 0.9 < time.monotonic() - began < 4
+    stop_all(children, within_s=2.0)
+    # One after the other would be ten seconds.
+    assert 1.9 < time.monotonic() - began < 9
     assert [child.last_exit for child in children] == [-signal.SIGKILL] * 5
 
 
@@ -171,7 +171,7 @@ def test_a_process_ends_when_the_one_that_it_watches_is_gone(tmp_path: Path) -> 
         pid = int(next(line for line in lines if line.isdigit()))
         assert "watching" in lines and not is_gone(pid)
         parent.kill()
-        wait_for(lambda: is_gone(pid), seconds=5)
+        wait_for(lambda: is_gone(pid))
 
 
 def test_a_second_supervisor_is_refused_until_the_first_lets_go(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -249,19 +250,21 @@ def test_what_a_failed_round_left_behind_does_not_reach_the_next_party(make_task
     assert bits(trained(task)[1]) == bits(expected)
 
 
-def test_a_round_out_of_time_ends_by_name_and_leaves_evaluation_mode(make_task: MakeTask) -> None:
+def test_a_round_out_of_time_ends_by_name_and_leaves_evaluation_mode(
+    make_task: MakeTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
     task = make_task(local_steps=5)
     seen: list[int] = []
+    monkeypatch.setattr(supervised, "time", SimpleNamespace(monotonic=lambda: 0.5 * len(seen)))
 
     def slow(step: int, num_steps: int) -> None:
         seen.append(step)
-        time.sleep(0.5)
 
-    late = replace(task, deadline=time.monotonic() + 1, on_step=slow)
+    late = replace(task, deadline=1.0, on_step=slow)
     with pytest.raises(FedllmError) as caught:
         trained(late)
     assert caught.value.code == "ROUND_TIMEOUT"
-    assert 1 <= len(seen) < 5
+    assert len(seen) == 3
     assert not task.model.model.training
 
 

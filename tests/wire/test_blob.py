@@ -41,14 +41,14 @@ def in_file(folder: Path, data: bytes, *, start: int = 0) -> FileBlob:
 
 
 @given(specs=specs_strategy)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_the_library_reads_what_is_written_here(specs: dict[str, Any]) -> None:
     tensors = tensors_of(specs)
     assert bits(load_safetensors(bytes(whole(in_memory(parts_of(tensors)))))) == bits(tensors)
 
 
 @given(specs=specs_strategy)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_what_the_library_writes_is_read_here(specs: dict[str, Any]) -> None:
     tensors = tensors_of(specs)
     blob = MemoryBlob(save_safetensors(tensors))
@@ -56,7 +56,7 @@ def test_what_the_library_writes_is_read_here(specs: dict[str, Any]) -> None:
 
 
 @given(specs=specs_strategy, start=st.integers(0, 9))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_a_file_reads_as_memory_does(specs: dict[str, Any], start: int, tmp_path_factory: Any) -> None:
     data = bytes(whole(in_memory(parts_of(tensors_of(specs)))))
     memory, file = MemoryBlob(data), in_file(tmp_path_factory.mktemp("blob"), data, start=start)
@@ -162,7 +162,7 @@ def test_tensors_in_place_are_not_copied() -> None:
 
 
 @given(specs=specs_strategy, most=st.integers(1, 40))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_all_values_come_in_the_order_of_names_wherever_they_lie(specs: Any, most: int, tmp_path_factory: Any) -> None:
     tensors = {
         name: torch.arange(math.prod(shape)).reshape(shape).to(dtype) for name, (dtype, shape, _) in specs.items()

@@ -110,7 +110,7 @@ def tensor_of(spec: tuple[torch.dtype, list[int], int]) -> torch.Tensor:
     share=st.floats(allow_nan=False, allow_infinity=False),
     words=st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=20), max_size=3),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_every_payload_comes_back_bit_for_bit(first: Any, second: Any, number: int, share: float, words: Any) -> None:
     tensors = [{name: tensor_of(spec) for name, spec in specs.items()} for specs in (first, second)]
     sent = sample(number=number, share=share, words=words, first=tensors[0], second=tensors[1])

@@ -35,7 +35,7 @@ def down(name: str) -> Any:
 
 @pytest.mark.parametrize("name", CODECS)
 @given(seed=st.integers(0, 2**20), rounds=st.integers(1, 5))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_a_receiver_comes_to_the_sender_s_bits_round_after_round(name: str, seed: int, rounds: int) -> None:
     codec, before, lost = down(name), draw(seed), Tensors()
     held = blob_of(before)

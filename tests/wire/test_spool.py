@@ -61,7 +61,7 @@ def noise(size: int, seed: int = 0) -> bytes:
     first=st.integers(1, 2**17),
     most=st.integers(1, 2**19),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_any_size_of_pieces_and_any_loss_give_the_same_bytes(
     size: int, seed: int, loss: float, first: int, most: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -75,7 +75,7 @@ def test_any_size_of_pieces_and_any_loss_give_the_same_bytes(
 
 
 @given(seed=st.integers(0, 2**31), cuts=st.lists(st.floats(0, 1), max_size=4))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_a_process_that_dies_anywhere_goes_on_where_it_was(
     seed: int, cuts: list[float], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -160,19 +160,19 @@ def test_pieces_of_another_length_are_refused(ask: Ask, code: str, tmp_path: Pat
 
 
 def test_silence_is_given_up_and_what_came_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(spool_module, "STALL_S", 0.3)
+    monkeypatch.setattr(spool_module, "STALL_S", 1.0)
     data = noise(4 * MEBI)
     peer = Peer(data, fails=lambda calls: peer.given > MEBI)
     started = time.monotonic()
     with pytest.raises(PayloadError) as caught:
         pulled(Spool(tmp_path), data, peer)
     assert caught.value.code == "ROUND_TIMEOUT"
-    assert 0.3 <= time.monotonic() - started < 10
+    assert 1.0 <= time.monotonic() - started < 60
     assert sum(path.stat().st_size for path in tmp_path.glob("*.part")) >= MEBI / 2
 
 
 def test_slow_progress_is_not_silence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(spool_module, "STALL_S", 0.3)
+    monkeypatch.setattr(spool_module, "STALL_S", 1.5)
     data = noise(MEBI)
     peer = Peer(data)
 
@@ -183,7 +183,7 @@ def test_slow_progress_is_not_silence(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(spool_module, "MAX_PIECE_BYTES", 2**16)
     started = time.monotonic()
     assert whole(pulled(Spool(tmp_path), data, slow)) == data
-    assert time.monotonic() - started > 0.45
+    assert time.monotonic() - started > 1.5
 
 
 def test_a_trickle_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -127,5 +127,5 @@ def net(
         for desk in desks.values():
             desk.close()
         for thread in threads:
-            thread.join(10)
+            thread.join(60)
         assert not any(thread.is_alive() for thread in threads)

@@ -34,8 +34,9 @@ from fedllm.wire.spool import MAX_PIECE_BYTES
 LOOPBACK = "127.0.0.1"
 JOB_ID = "0b0f7c1e-0000-4000-8000-000000000000"
 WISH_FOR = WISH.pack(b"d" * 32, 7, 9)
-SHORT_S = 5.0
-LONG_S = 20.0
+# Against hanging; the strangers' twenty connections would keep it busy for 200 s.
+SHORT_S = 30.0
+LONG_S = 120.0
 
 
 @dataclass

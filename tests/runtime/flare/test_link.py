@@ -105,7 +105,7 @@ class World:
         openers = {name: self.opener(name, value) for name, value in VALUES.items()}
         self._net = net(self.folder, openers, air=self.air)
         made = self._net.__enter__()
-        federation = made.federation(kinds=KINDS, job_digest=JOB, run_id=RUN, timeout_s=20)
+        federation = made.federation(kinds=KINDS, job_digest=JOB, run_id=RUN, timeout_s=120)
         federation.expect(manifest_of(LARGE))
         return made, federation
 
@@ -223,13 +223,13 @@ def test_a_connection_that_is_cut_at_60_percent_goes_on_where_it_was(way: str, t
 
 def test_a_late_answer_is_refused_as_stale_and_never_used(tmp_path: Path) -> None:
     go_on = threading.Event()
-    world = World(tmp_path, west={"before": lambda: go_on.wait(20) and None})
+    world = World(tmp_path, west={"before": lambda: go_on.wait(120) and None})
     with world as (made, federation):
         federation._timeout_s = 0.2
         check(total_of(federation, SMALL), SMALL, parties=("north", "south"), failures={"west": "ROUND_TIMEOUT"})
         assert made.late == []
         go_on.set()
-        federation._timeout_s = 20
+        federation._timeout_s = 120
         check(total_of(federation, SMALL, 2), SMALL)
         assert made.late == ["west"]
         check(total_of(federation, LARGE, 3), LARGE)

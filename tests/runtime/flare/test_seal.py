@@ -185,7 +185,7 @@ def total_with(
         name: lambda desk, name=name: others.get(name) or Member(host_of(folder, name, seals[name])) for name in NAMES
     }
     with net(folder, openers, air=air, seal=seal) as made:
-        federation = made.federation(kinds=KINDS, job_digest=JOB, run_id=RUN, timeout_s=20)
+        federation = made.federation(kinds=KINDS, job_digest=JOB, run_id=RUN, timeout_s=120)
         federation.start_at(next(_epochs))
         for reply in federation.ask(RESTORE, round_=0, to=NAMES):
             assert isinstance(reply.payload, Done) or reply.party in others
@@ -254,7 +254,7 @@ def test_an_answer_of_an_earlier_round_is_not_taken_for_one_of_this(seals: dict[
     air.bad = on_the_way
     openers = {name: lambda desk, name=name: Member(host_of(tmp_path, name, seals[name])) for name in NAMES}
     with net(tmp_path, openers, air=air, seal=seals[SERVER]) as made:
-        federation = made.federation(kinds=KINDS, job_digest=JOB, run_id=RUN, timeout_s=20)
+        federation = made.federation(kinds=KINDS, job_digest=JOB, run_id=RUN, timeout_s=120)
         list(federation.ask(RESTORE, round_=0, to=NAMES))
         for round_ in (1, 2):
             total = federation.total(TRAIN, round_=round_, to=NAMES, manifest=manifest_of(ADAPTER))

@@ -11,7 +11,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,8 +34,9 @@ from fedllm.runtime.flare.door import SOCKETS
 from fedllm.runtime.flare.transport import LOCAL_SCHEME, LocalDriver, TlsDriver, client_context
 
 LOOPBACK = "127.0.0.1"
-SHORT_S = 5.0
-LONG_S = 20.0
+# Against hanging; the strangers' twenty connections would keep it busy for 200 s.
+SHORT_S = 30.0
+LONG_S = 120.0
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ def listening(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Listening]:
     connector = ConnectorInfo("test", driver, server.params("server") | address(port), Mode.PASSIVE, 0, 0, False, False)
     thread = threading.Thread(target=driver.listen, args=(connector,), daemon=True)
     thread.start()
-    wait_for_port(port)
+    wait_until(lambda: is_listening(port))
     yield Listening(port, monitor, root, authority, other, server, north)
     driver.shutdown()
     thread.join(SHORT_S)
@@ -142,24 +143,26 @@ def address(port: int) -> dict[str, Any]:
     return {"host": LOOPBACK, "port": port, "url": f"tcp://{LOOPBACK}:{port}"}
 
 
-def wait_for_port(port: int) -> None:
+def wait_until(happened: Callable[[], object]) -> None:
     until = time.monotonic() + LONG_S
-    while time.monotonic() < until:
-        with socket.socket() as probe:
-            if probe.connect_ex((LOOPBACK, port)) == 0:
-                return
-        time.sleep(0.02)
-    raise AssertionError("nobody listens")
+    while not happened():
+        assert time.monotonic() < until
+        time.sleep(0.01)
 
 
-def is_let_in(port: int, context: ssl.SSLContext) -> bool:
+def is_listening(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex((LOOPBACK, port)) == 0
+
+
+def is_let_in(port: int, context: ssl.SSLContext, *, within_s: float = 0.5) -> bool:
     """Return whether the server keeps a connection open: in TLS 1.3 it refuses after the client's own handshake."""
     try:
         with (
             socket.create_connection((LOOPBACK, port), timeout=SHORT_S) as plain,
             context.wrap_socket(plain, server_hostname=LOOPBACK) as sock,
         ):
-            sock.settimeout(0.5)
+            sock.settimeout(within_s)
             return sock.recv(1) != b""
     except TimeoutError:
         return True
@@ -187,10 +190,8 @@ def test_a_stranger_is_refused_and_both_sides_see_why(
 ) -> None:
     context = stranger(listening, who, tmp_path)
     with caplog.at_level(logging.WARNING, "fedllm.transport"):
-        assert not is_let_in(listening.port, context)
-        until = time.monotonic() + LONG_S
-        while "refused" not in caplog.text and time.monotonic() < until:
-            time.sleep(0.01)
+        assert not is_let_in(listening.port, context, within_s=LONG_S)
+        wait_until(lambda: "refused" in caplog.text)
     assert re.search(reason, caplog.text), caplog.text
 
 
@@ -221,8 +222,7 @@ def test_plain_text_is_refused_and_the_log_says_so(listening: Listening, caplog:
             plain.sendall(b"GET / HTTP/1.1\r\n\r\n")
             with suppress(ConnectionResetError):
                 assert plain.recv(100)[:1] != b"H"
-        time.sleep(0.1)
-    assert "refused" in caplog.text
+        wait_until(lambda: "refused" in caplog.text)
 
 
 def test_silent_strangers_keep_nobody_out(listening: Listening) -> None:
@@ -249,7 +249,7 @@ def test_a_silent_stranger_keeps_everybody_out_of_flares_own_driver(listening: L
     connector = ConnectorInfo("theirs", driver, params, Mode.PASSIVE, 0, 0, False, False)
     thread = threading.Thread(target=driver.listen, args=(connector,), daemon=True)
     thread.start()
-    wait_for_port(port)
+    wait_until(lambda: is_listening(port))
     with socket.create_connection((LOOPBACK, port), timeout=SHORT_S):
         context = client_context(listening.north.params("client"))
         with (
@@ -304,10 +304,7 @@ def test_the_server_learns_the_name_in_the_certificate(listening: Listening) -> 
     connector = ConnectorInfo("north", driver, params, Mode.ACTIVE, 0, 0, False, False)
     thread = threading.Thread(target=driver.connect, args=(connector,), daemon=True)
     thread.start()
-    until = time.monotonic() + LONG_S
-    while "north" not in listening.monitor.names and time.monotonic() < until:
-        time.sleep(0.01)
-    assert "north" in listening.monitor.names
+    wait_until(lambda: "north" in listening.monitor.names)
     driver.shutdown()
     thread.join(SHORT_S)
 
@@ -343,10 +340,7 @@ def test_processes_of_a_machine_meet_in_their_supervisors_folder(
     thread = threading.Thread(target=driver.listen, args=(connector,), daemon=True)
     thread.start()
     with reached(path):
-        until = time.monotonic() + LONG_S
-        while not monitor.names and time.monotonic() < until:
-            time.sleep(0.01)
-        assert monitor.names
+        wait_until(lambda: monitor.names)
     driver.shutdown()
     thread.join(SHORT_S)
     assert not os.path.lexists(path)

@@ -81,7 +81,7 @@ def check_claims(up: Deployed, claims: list[Path]) -> None:
     assert answer.exit_code == 0 and "ALTERED" not in answer.output, answer.output
 
 
-def wait_until_none(found: Callable[[], list[Any]], *, seconds: float = 30) -> bool:
+def wait_until_none(found: Callable[[], list[Any]], *, seconds: float = 120) -> bool:
     until = time.monotonic() + seconds
     while found():
         if time.monotonic() > until:
