@@ -8,41 +8,27 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_channel import Air, net
+from between import make_kits, run_between, site_of
+from fake_channel import Air
 from offsite import LACKING, OWNER, SIZES, offsite_federation, party_file
 from tiny import TinyFederation
 
 from fedllm.errors import FedllmError
-from fedllm.identity.files import KEY_FILE
-from fedllm.identity.keys import load_key
-from fedllm.identity.kit import open_kit
-from fedllm.identity.signing import Signer
-from fedllm.job.approval import approve
 from fedllm.job.job import load_party
-from fedllm.job.project import Project
 from fedllm.models import package_files
 from fedllm.runs.audit_log import AUDIT_FILE, read_log
-from fedllm.runs.folder import RunFolder
-from fedllm.runs.jsonl import read_rows, write_json
-from fedllm.runs.plan_files import write_plan
+from fedllm.runs.jsonl import read_rows
 from fedllm.runtime.consequences import consequences
 from fedllm.runtime.flare.desk import Desk
 from fedllm.runtime.flare.party import open_party
-from fedllm.runtime.flare.seal import seal_of
 from fedllm.runtime.flare.waiting import Waiting
-from fedllm.runtime.provision import provision_all
-from fedllm.runtime.run import RunResult, carry_out
 
 Make = Callable[..., TinyFederation]
-PROJECT = Project.model_validate({"name": "trial", "server": {"host": "127.0.0.1", "port": 1}, "parties": list(SIZES)})
 
 
 @pytest.fixture(scope="module")
 def kits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the sites of a project; only to be copied."""
-    root = tmp_path_factory.mktemp("kits")
-    provision_all(root / "coordinator", PROJECT, {name: root / f"site-{name}" for name in SIZES})
-    return root
+    return make_kits(tmp_path_factory.mktemp("kits"), list(SIZES))
 
 
 @pytest.fixture
@@ -55,38 +41,6 @@ def made(make_federation: Make, kits: Path, tmp_path: Path, monkeypatch: pytest.
         if name != OWNER:
             party_file(made.folder, name, model_name_or_path=f"../none-at-{name}")
     return made
-
-
-def site_of(made: TinyFederation, name: str) -> Path:
-    """The site of a party, with its approval of the job."""
-    site = made.folder.parent / "sites" / f"site-{name}"
-    file = made.folder / "parties" / f"{name}.yaml"
-    signer = Signer(load_key(site / KEY_FILE))
-    approve(made.job(), load_party(file).party, signer=signer, folder=site, project=PROJECT.name)
-    (site / "state").mkdir(exist_ok=True)
-    write_json(site / "state" / "site.json", {"party_file": str(file)})
-    return site
-
-
-def run_between(made: TinyFederation, name: str = "run", *, air: Air | None = None) -> RunResult:
-    job = made.job()
-    # The coordinator's folder holds the job and nothing else.
-    (made.folder / "coordinator").mkdir(exist_ok=True)
-    away = job.located(made.folder / "coordinator")
-    kit = open_kit(made.folder.parent / "sites" / "coordinator" / "site")
-    path = made.folder / name
-    run = RunFolder.create(path, job_digest=job.digest)
-    write_plan(run, away, [])
-    asked = job.model_dump(mode="json")
-
-    def opener(party: str) -> Callable[[Desk], Any]:
-        return lambda desk: open_party(site_of(made, party), asked, run.run_id, desk)
-
-    try:
-        with net(path, {party: opener(party) for party in SIZES}, air=air, seal=seal_of(kit)) as met:
-            return carry_out(run, away, [], met.link)
-    finally:
-        run.close()
 
 
 def packages(made: TinyFederation) -> dict[str, Path]:
