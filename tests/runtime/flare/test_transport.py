@@ -305,8 +305,10 @@ def test_the_server_learns_the_name_in_the_certificate(listening: Listening) -> 
     thread = threading.Thread(target=driver.connect, args=(connector,), daemon=True)
     thread.start()
     wait_until(lambda: "north" in listening.monitor.names)
+    # It may be about to serve the connection that the server sees already.
     driver.shutdown()
     thread.join(SHORT_S)
+    assert not thread.is_alive()
 
 
 def reached(path: Path) -> socket.socket:

@@ -85,7 +85,7 @@ class _TlsServer(ThreadingTCPServer):
     request_queue_size = _BACKLOG
     is_secure = True
 
-    def __init__(self, driver: BaseDriver, connector: ConnectorInfo) -> None:
+    def __init__(self, driver: _Driver, connector: ConnectorInfo) -> None:
         self.driver, self.connector = driver, connector
         self._context = server_context(connector.params)
         address = connector.params[DriverParams.HOST.value], int(connector.params[DriverParams.PORT.value])
@@ -114,7 +114,7 @@ class _LocalServer(ThreadingMixIn, UnixStreamServer):
     request_queue_size = _BACKLOG
     is_secure = False
 
-    def __init__(self, driver: BaseDriver, connector: ConnectorInfo) -> None:
+    def __init__(self, driver: _Driver, connector: ConnectorInfo) -> None:
         self.driver, self.connector = driver, connector
         super().__init__(_socket_path(connector.params), _Handler)
 
@@ -123,13 +123,23 @@ class _LocalServer(ThreadingMixIn, UnixStreamServer):
         return sock
 
 
-class TlsDriver(BaseDriver):
-    """Mutual TLS 1.3 with the project's authority."""
-
+class _Driver(BaseDriver):
     def __init__(self) -> None:
         super().__init__()
-        self._server: _TlsServer | None = None
-        self._ended = threading.Event()
+        self.ended = threading.Event()
+        self._server: _TlsServer | _LocalServer | None = None
+
+    def shutdown(self) -> None:
+        """End all connections, those that are only being made too."""
+        self.ended.set()
+        self.close_all()
+        if self._server:
+            self._server.shutdown()
+            self._server.server_close()
+
+
+class TlsDriver(_Driver):
+    """Mutual TLS 1.3 with the project's authority."""
 
     @staticmethod
     def supported_transports() -> list[str]:
@@ -180,18 +190,10 @@ class TlsDriver(BaseDriver):
                     said = reason
                     _log.warning("no connection to %s:%s: %s", host, port, reason)
                 # FLARE waits ever longer between two tries, which a server that was away for a moment need not cost.
-                is_away = isinstance(error, ConnectionRefusedError) and not self._ended.is_set()
+                is_away = isinstance(error, ConnectionRefusedError) and not self.ended.is_set()
                 if not is_away or time.monotonic() > until:
                     raise
-            self._ended.wait(_RETRY_S)
-
-    def shutdown(self) -> None:
-        """End all connections."""
-        self._ended.set()
-        self.close_all()
-        if self._server:
-            self._server.shutdown()
-            self._server.server_close()
+            self.ended.wait(_RETRY_S)
 
     @staticmethod
     def get_urls(scheme: str, resources: dict[str, Any]) -> tuple[str, str]:
@@ -199,12 +201,8 @@ class TlsDriver(BaseDriver):
         raise ValueError("the address between machines is the project's")
 
 
-class LocalDriver(BaseDriver):
+class LocalDriver(_Driver):
     """Sockets of this machine in a folder that only this user can enter."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._server: _LocalServer | None = None
 
     @staticmethod
     def supported_transports() -> list[str]:
@@ -239,10 +237,8 @@ class LocalDriver(BaseDriver):
 
     def shutdown(self) -> None:
         """End all connections and remove the socket."""
-        self.close_all()
+        super().shutdown()
         if self._server:
-            self._server.shutdown()
-            self._server.server_close()
             Path(str(self._server.server_address)).unlink(missing_ok=True)
 
     @staticmethod
@@ -257,10 +253,13 @@ class LocalDriver(BaseDriver):
         return url, url
 
 
-def _serve(driver: BaseDriver, sock: socket.socket, connector: ConnectorInfo, *, is_secure: bool) -> None:
+def _serve(driver: _Driver, sock: socket.socket, connector: ConnectorInfo, *, is_secure: bool) -> None:
     with sock:
         connection = SocketConnection(sock, connector, is_secure)
         driver.add_connection(connection)
+        if driver.ended.is_set():
+            # It was shut down while this connection was made, and could not close it.
+            connection.close()
         connection.read_loop()
         driver.close_connection(connection)
 
