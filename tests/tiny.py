@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,19 @@ from fedllm.runtime.run import RunResult, run_local
 # `make thorough` takes all that `make test` takes a part of.
 THOROUGH = bool(os.environ.get("FEDLLM_THOROUGH"))
 thorough = pytest.mark.skipif(not THOROUGH, reason="part of make thorough")
+
+
+def mostly_thorough(cases: Iterable[str], *by_default: str) -> list[Any]:
+    """Return cases for `parametrize`, of which `make test` takes some and `make thorough` all.
+
+    Args:
+        cases: All of them.
+        by_default: Those that `make test` takes.
+    """
+    cases = list(cases)
+    assert set(by_default) <= set(cases)
+    return [case if case in by_default else pytest.param(case, marks=thorough) for case in cases]
+
 
 _CORPUS = ["the red dress is made of silk", "a blue coat, warm and long", "say what it is made of", "north south east"]
 _WORDS = ("red", "blue", "silk", "warm", "long", "coat", "dress", "made")

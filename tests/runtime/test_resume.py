@@ -40,7 +40,7 @@ def test_a_crash_at_any_touch_of_the_disk_changes_nothing(
     expected = federation.run("unbroken")
     points = disk.count
     assert points > 80
-    for point in some(range(1, points + 1), every=5 + 6 * list(PLANS).index(name)):
+    for point in some(range(1, points + 1), every=9 + 8 * list(PLANS).index(name)):
         folder = f"crash{point}"
         with pytest.raises(Crash), disk.crashing_at(point):
             federation.run(folder)
@@ -65,7 +65,7 @@ def test_a_party_s_own_factor_survives_a_crash_at_any_touch_of_the_disk(
     expected = federation.run("unbroken")
     # The end, where the adapters are handed over, more closely than the rest.
     end = range(disk.count - 25, disk.count)
-    for point in sorted({*some(range(1, disk.count), every=12), *some(end, every=2)}):
+    for point in sorted({*some(range(1, disk.count), every=24), *some(end, every=3)}):
         folder = f"crash{point}"
         with pytest.raises(Crash), disk.crashing_at(point):
             federation.run(folder)

@@ -168,7 +168,7 @@ def test_a_crash_at_touches_of_the_disk_changes_nothing_and_no_sum_has_two_sets_
     expected = federation.run("unbroken")
     points = disk.count
     agreed: dict[tuple[str, str], set[str]] = {}
-    for point in some(range(1, points + 1), every=29):
+    for point in some(range(1, points + 1), every=49):
         folder = f"crash{point}"
         with pytest.raises(Crash), disk.crashing_at(point):
             federation.run(folder)

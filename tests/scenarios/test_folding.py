@@ -10,7 +10,7 @@ import pytest
 import torch
 from rounds import adapters, broken_and_resumed, bytes_of, check_the_plan
 from safetensors.torch import load_file
-from tiny import TinyFederation, thorough
+from tiny import TinyFederation, mostly_thorough, thorough
 
 from fedllm.aggregate.folded import pairs, split
 from fedllm.aggregate.lora import sites
@@ -47,7 +47,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", mostly_thorough(CASES, "FedEx", "FedEx, best", "FLoRA, ranks", "FLoRA, part"))
 def test_a_run_that_is_resumed_ends_as_the_unbroken_one(case: str, make_federation: Make) -> None:
     federation = make_federation(job=CASES[case])
     expected = federation.run("unbroken")

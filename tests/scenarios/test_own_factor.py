@@ -12,7 +12,7 @@ import pytest
 import torch
 from rounds import adapters, broken_and_resumed, bytes_up, check_the_plan, own_adapters
 from safetensors.torch import load, load_file
-from tiny import TinyFederation, thorough
+from tiny import TinyFederation, mostly_thorough, thorough
 
 from fedllm.aggregate.lora import sites
 from fedllm.data.settings import DataSettings
@@ -55,7 +55,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", mostly_thorough(CASES, "plain", "best", "ranks", "int8"))
 def test_a_run_that_is_resumed_ends_as_the_unbroken_one(case: str, make_federation: Make) -> None:
     federation = make_federation(job=CASES[case])
     expected = federation.run("unbroken")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from rounds import broken_and_resumed, own_adapters
-from tiny import TinyFederation, write_jsonl
+from tiny import TinyFederation, mostly_thorough, write_jsonl
 
 from fedllm.errors import BudgetExhausted, ConfigError, ExitCode, FedllmError, RunFailed, RunPaused, StateLost
 from fedllm.privacy.accountant import Mechanism, epsilon_of
@@ -197,22 +197,21 @@ def test_a_trainer_that_bounds_nothing_is_refused(make_federation: Make) -> None
         federation.run(trainer=SupervisedTrainer())
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"federation.strategy": {"name": "SCAFFOLD"}, "train.optim": "sgd"},
-        {"federation.lora_rule": "RoLoRA"},
-        {"federation.lora_rule": "FedSA-LoRA"},
-        {"federation.codec": {"name": "int8", "error_feedback": True}},
-        {"federation.strategy": {"name": "FedProx"}},
-        {"peft": {"peft_type": "ADALORA", "target_modules": ["q_proj"]}},
-    ],
-    ids=["SCAFFOLD", "RoLoRA", "FedSA", "codec", "FedProx", "AdaLoRA"],
-)
+FOLLOWS: dict[str, dict[str, Any]] = {
+    "SCAFFOLD": {"federation.strategy": {"name": "SCAFFOLD"}, "train.optim": "sgd"},
+    "RoLoRA": {"federation.lora_rule": "RoLoRA"},
+    "FedSA": {"federation.lora_rule": "FedSA-LoRA"},
+    "codec": {"federation.codec": {"name": "int8", "error_feedback": True}},
+    "FedProx": {"federation.strategy": {"name": "FedProx"}},
+    "AdaLoRA": {"peft": {"peft_type": "ADALORA", "target_modules": ["q_proj"]}},
+}
+
+
+@pytest.mark.parametrize("case", mostly_thorough(FOLLOWS, "SCAFFOLD", "FedSA", "codec"))
 def test_what_follows_from_noisy_training_alone_goes_with_it_and_survives_a_break(
-    make_federation: Make, one_key: None, changes: dict[str, Any]
+    make_federation: Make, one_key: None, case: str
 ) -> None:
-    changes = {"federation.num_rounds": 4} | changes
+    changes = {"federation.num_rounds": 4} | FOLLOWS[case]
     federation = make_federation(sizes=SIZES, job=PLAN | changes)
     expected = federation.run("unbroken")
     shutil.rmtree(federation.folder / "parties" / "privacy")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from rounds import adapters, broken_and_resumed, bytes_of, changed, check_the_plan
 from safetensors.torch import load_file
-from tiny import TinyFederation, thorough
+from tiny import TinyFederation, mostly_thorough, thorough
 
 from fedllm.aggregate.lora import sites
 from fedllm.aggregate.server import DEFAULTS
@@ -68,7 +68,14 @@ CASES = {name: options_of(name) for name in DEFAULTS} | {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    mostly_thorough(
+        CASES,
+        *("FedAvg", "SCAFFOLD", "FedAdam", "DiLoCo", "decoupled", "FLTrust", "FlexLoRA", "TopK", "int4, Median"),
+        *("bf16 down, FFA-LoRA, some", "int4 down, RoLoRA, int8 up", "RoLoRA, SCAFFOLD"),
+    ),
+)
 def test_a_run_that_is_resumed_ends_as_the_unbroken_one(case: str, make_federation: Make) -> None:
     federation = make_federation(job=CASES[case])
     expected = federation.run("unbroken")

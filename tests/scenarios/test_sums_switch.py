@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from rounds import check_the_plan
-from tiny import TinyFederation
+from tiny import TinyFederation, mostly_thorough
 
 Make = Callable[..., TinyFederation]
 SECURE = {"privacy.secure_aggregation": {"enabled": True}}
@@ -32,7 +32,12 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    mostly_thorough(
+        CASES, "fp32", "Grid", "Grid, 8 bits, error feedback", "some parties", "SCAFFOLD", "FedSA-LoRA", "IA3"
+    ),
+)
 def test_a_run_has_the_same_bits_with_secure_sums_and_without(case: str, make_federation: Make) -> None:
     found = {}
     for name, changes in {"plain": {}, "secure": SECURE}.items():
