@@ -166,6 +166,23 @@ def test_a_file_that_is_not_there_is_named(name: str, tmp_path: Path) -> None:
     assert str(tmp_path) in caught.value.where
 
 
+def cost(folder: Path, text: str) -> float:
+    started = time.process_time()
+    try:
+        read(folder, text)
+    except ConfigError as error:
+        assert error.code == "BAD_YAML"
+    return time.process_time() - started
+
+
+@pytest.fixture(scope="module")
+def honest(tmp_path_factory: pytest.TempPathFactory) -> float:
+    """What a long file of a few keys a section costs; the first one would load the library."""
+    text = "".join(f"section{i}:\n  key: {i}\n  other: {i}\n" for i in range(5_000))
+    folder = tmp_path_factory.mktemp("honest")
+    return [cost(folder, text) for _ in range(2)][1]
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -179,13 +196,8 @@ def test_a_file_that_is_not_there_is_named(name: str, tmp_path: Path) -> None:
         "#" * 250_000,
     ],
 )
-def test_hostile_files_cost_less_than_a_second(text: str, tmp_path: Path) -> None:
-    started = time.process_time()
-    try:
-        read(tmp_path, text)
-    except ConfigError as error:
-        assert error.code == "BAD_YAML"
-    assert time.process_time() - started < 1.0
+def test_hostile_files_cost_little_more_than_an_honest_one(text: str, honest: float, tmp_path: Path) -> None:
+    assert cost(tmp_path, text) < 10 * honest
 
 
 plain = st.none() | st.booleans() | st.integers(-(2**63), 2**63) | st.floats(allow_nan=False, allow_infinity=False)

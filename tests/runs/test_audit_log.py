@@ -540,8 +540,8 @@ def test_errors_are_fedllm_errors_with_a_mend(log: Path) -> None:
 def test_a_large_log_opens_at_once_and_verifies_in_seconds(tmp_path: Path) -> None:
     path = tmp_path / "audit.jsonl"
     write_log(path, lines=20_000)
-    started = time.perf_counter()
+    started = time.process_time()
     AuditLog.open(path, actor="north")
-    opened = time.perf_counter()
+    opened = time.process_time()
     assert verify_log(path) == []
-    assert opened - started < (time.perf_counter() - opened) / 5
+    assert opened - started < (time.process_time() - opened) / 5
