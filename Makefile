@@ -55,7 +55,7 @@ conformance:
 
 thorough:
 	@sh scripts/bootstrap.sh test,lint
-	@FEDLLM_CONFORMANCE=all FEDLLM_THOROUGH=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not processes" $(PYTEST)
+	@FEDLLM_CONFORMANCE=all FEDLLM_THOROUGH=1 $(BIN)/python -m pytest -o timeout=1200 -n 2 --dist worksteal -m "not processes" $(PYTEST)
 	@FEDLLM_THOROUGH=1 $(BIN)/python -m pytest -m processes $(PYTEST)
 
 check: test docs
