@@ -12,7 +12,6 @@ chance*, and an AUC of 0.5.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +19,10 @@ from typing import Any
 import torch
 from common import machine
 
-from fedllm.data.tokens import TokenisedExample
 from fedllm.job.job import Job
-from fedllm.privacy.inversion import first_inputs, share_found, token_distances, token_distances_by_b
-from fedllm.privacy.membership import area_under_curve
+from fedllm.privacy.inversion import first_inputs, span_test
 from fedllm.runtime.opening import trainer_for
+from fedllm.runtime.overheard import rows_of, words_read
 from fedllm.runtime.run import run_local
 from fedllm.runtime.scaffold import write_job_folder
 from fedllm.train.base import TrainSums, TrainTask
@@ -74,7 +72,8 @@ class Spy:
     def __init__(self, job: Job, number: int) -> None:
         self._trainer, self._number = trainer_for(job), number
         self.seen: dict[str, Seen] = {}
-        self.inputs, self.pool = torch.empty(0), set[int]()
+        self.model: Any = None
+        self.pool = set[int]()
 
     def train(self, task: TrainTask, optimizer: torch.optim.Optimizer) -> TrainSums:
         """Return the sums of the round."""
@@ -83,21 +82,10 @@ class Spy:
         if task.round == self._number:
             end = task.model.read()
             update = {name: end[name] - start[name] for name in end}
-            self.seen[task.party] = Seen(start, update, words_of(self._rows(task)))
-            self.inputs = first_inputs(task.model.model)
-            self.pool |= words_of(task.examples)
+            self.seen[task.party] = Seen(start, update, words_read(rows_of(task)))
+            self.model = task.model.model
+            self.pool |= words_read(task.examples)
         return sums
-
-    def _rows(self, task: TrainTask) -> Sequence[TokenisedExample]:
-        steps = range(task.first_step, task.first_step + task.num_steps)
-        if task.private is None:
-            return [task.examples[index] for step in steps for index in task.order.batch(step)]
-        return [task.examples[index] for step in steps for index in task.private.sample(step)]
-
-
-def words_of(rows: Sequence[TokenisedExample]) -> set[int]:
-    """Return the words that are read; the last of an example is only predicted."""
-    return {word for row in rows for word in row.input_ids[:-1]}
 
 
 def attacked(folder: Path, changes: dict[str, Any], number: int) -> Spy:
@@ -117,30 +105,21 @@ def _yaml(value: Any) -> str:
     return "null" if value is None else str(value)
 
 
-def scores(spy: Spy, seen: Seen, update: Tensors, *, cold: bool) -> tuple[float, float]:
-    """Return (share found, AUC), of the better of all directions and the 24 strongest."""
-    found = []
+def scores(spy: Spy, seen: Seen, update: Tensors) -> list[float]:
+    """Return the share of words by chance, the share found, and the AUC."""
     pool = sorted(spy.pool)
-    there = torch.tensor([word in seen.words for word in pool])
-    for directions in (None, min(len(seen.words), 24)):
-        if cold:
-            distances = token_distances_by_b(spy.inputs, update, seen.start, directions=directions)[pool]
-        else:
-            distances = token_distances(spy.inputs, [update], directions=directions)[pool]
-        auc = area_under_curve(-distances[there].numpy(), -distances[~there].numpy())
-        found.append((share_found(distances, there.nonzero()[:, 0].tolist()), auc))
-    return max(found, key=lambda pair: pair[1])
+    told = span_test(first_inputs(spy.model, pool), update, seen.start, there=[word in seen.words for word in pool])
+    return [told.by_chance, told.found, told.ranked.auc] if told else [1.0, 1.0, 0.5]
 
 
-def row(title: str, spy: Spy, *, cold: bool) -> str:
+def row(title: str, spy: Spy) -> str:
     """Return a line of the table: means over the parties, and the sum of them all."""
     parties = [seen for seen in spy.seen.values() if seen.words]
-    alone = [scores(spy, seen, seen.update, cold=cold) for seen in parties]
+    alone = [scores(spy, seen, seen.update) for seen in parties]
     mean = {key: sum(seen.update[key] for seen in parties) / len(parties) for key in parties[0].update}
     everyone = Seen(parties[0].start, mean, set().union(*(seen.words for seen in parties)))
     words = sum(len(seen.words) for seen in parties) / len(parties)
-    values = [words / len(spy.pool), *(sum(each) / len(alone) for each in zip(*alone, strict=True))]
-    values += [len(everyone.words) / len(spy.pool), *scores(spy, everyone, mean, cold=cold)]
+    values = [*(sum(each) / len(alone) for each in zip(*alone, strict=True)), *scores(spy, everyone, mean)]
     return f"| {title} | {words:.0f} of {len(spy.pool)} | " + " | ".join(f"{value:.2f}" for value in values) + " |"
 
 
@@ -152,7 +131,7 @@ def main() -> None:
         print("| update | words read | by chance | found | AUC | in the sum of three: by chance | found | AUC |")
         print("| --- | --: | --: | --: | --: | --: | --: | --: |")
         for title, (changes, number) in CASES.items():
-            print(row(title, attacked(folder, changes, number), cold=number == 1), flush=True)
+            print(row(title, attacked(folder, changes, number)), flush=True)
 
 
 if __name__ == "__main__":

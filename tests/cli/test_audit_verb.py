@@ -41,6 +41,7 @@ def test_a_job_is_run_with_canaries_and_the_claim_decides_the_exit_code(
     code, out, _ = call("audit", federation.job_file, "--canaries", "24", "--copies", "2", "-o", path)
     assert code == 0
     assert "of 24 planted, 2 times each" in out and "claim     none" in out
+    assert "words in updates" in out and "the sum" in out and "span" in out
     code, out, _ = call("audit", path, "--json")
     assert code == 0 and data_of(out)["canaries"]["copies"] == 2
 
@@ -54,7 +55,9 @@ def test_a_job_is_run_with_canaries_and_the_claim_decides_the_exit_code(
     assert code == ExitCode.BUDGET and '"exit_code": 6' in out and '"status": "refuted"' in out
 
 
-@pytest.mark.parametrize("option", [("--canaries", "30"), ("--copies", "2"), ("--set", "seed=3"), ("-o", "elsewhere")])
+@pytest.mark.parametrize(
+    "option", [("--canaries", "30"), ("--texts", "0"), ("--copies", "2"), ("--set", "seed=3"), ("-o", "elsewhere")]
+)
 def test_options_of_a_job_are_refused_for_a_run(
     option: tuple[str, str], call: Call, make_federation: Callable[..., Any]
 ) -> None:

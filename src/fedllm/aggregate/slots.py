@@ -80,7 +80,17 @@ def without_others(tensors: Mapping[str, torch.Tensor], rank: int) -> Tensors:
         tensors: The whole adapter.
         rank: The party's.
     """
-    return {name: _widened(name, _first(name, tensor, rank), _size(name, tensor)) for name, tensor in tensors.items()}
+    return widened(own_slots(tensors, rank), tensors)
+
+
+def widened(tensors: Mapping[str, torch.Tensor], whole: Mapping[str, torch.Tensor]) -> Tensors:
+    """Return a party's slots in the shapes of the whole adapter; the slots that it does not own are zero.
+
+    Args:
+        tensors: The party's slots alone.
+        whole: Tensors of the whole adapter's shapes, with these names among theirs.
+    """
+    return {name: _widened(name, tensor, _size(name, whole[name])) for name, tensor in tensors.items()}
 
 
 def _size(name: str, tensor: torch.Tensor) -> int:

@@ -30,6 +30,14 @@ Canaries = Annotated[
     ),
 ]
 Copies = Annotated[int | None, typer.Option("--copies", min=1, help="Of a job: how often each is planted. Default: 1.")]
+Texts = Annotated[
+    int | None,
+    typer.Option(
+        "--texts",
+        min=0,
+        help="Of a job: how many texts are tried for an update whose words cannot be read off it. Default: 20000.",
+    ),
+]
 Adapter = Annotated[
     Path | None,
     typer.Option("--adapter", help="With --party: judge this delivered adapter of the job, and run nothing."),
@@ -45,6 +53,7 @@ def audit(  # noqa: PLR0913 - each is an option of the command
     *,
     canaries: Canaries = None,
     copies: Copies = None,
+    texts: Texts = None,
     overrides: Overrides = None,
     adapter: Adapter = None,
     party: PartyFile = None,
@@ -55,12 +64,13 @@ def audit(  # noqa: PLR0913 - each is an option of the command
     """Attack a run as an outsider would, and bound from below how much privacy it lost.
 
     Of a run: whether its adapter gives away which examples it was trained on. Of a job: canaries are planted among
-    the parties' examples, the job is run, and the lower bound of epsilon stands beside the epsilon that is claimed.
+    the parties' examples, the job is run, and the lower bound of epsilon stands beside the epsilon that is claimed; and
+    of the updates that the server gets it is tried which words can be read off them.
     """
     from fedllm.job.job import Job
     from fedllm.runtime.audit import audit_adapter, audit_job, audit_run
 
-    of_a_run = {"--canaries": canaries, "--copies": copies, "--output": output}
+    of_a_run = {"--canaries": canaries, "--copies": copies, "--texts": texts, "--output": output}
     if target.is_dir():
         _refuse(of_a_run | {"--set": overrides, "--adapter": adapter, "--party": party}, "a run, which is over")
         with live_view(quiet=quiet) as watch:
@@ -73,7 +83,9 @@ def audit(  # noqa: PLR0913 - each is an option of the command
     else:
         job = Job.from_yaml(target, overrides=overrides)
         with live_view(quiet=quiet) as watch:
-            found = audit_job(job, canaries=canaries or 200, copies=copies or 1, output=output, watch=watch)
+            given = {"canaries": canaries, "copies": copies, "texts": texts}
+            options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+            found = audit_job(job, **options, output=output, watch=watch)
     code = ExitCode.BUDGET if found.refutes_claim else ExitCode.OK
     if as_json:
         print_json(found.values(), status="refuted" if code else "ok", exit_code=code)
@@ -84,7 +96,7 @@ def audit(  # noqa: PLR0913 - each is an option of the command
 
 
 def _refuse(given: dict[str, Any], what: str) -> None:
-    if names := [name for name, value in given.items() if value]:
+    if names := [name for name, value in given.items() if value is not None]:
         raise ConfigError(
             "BAD_COMBINATION",
             f"{names[0]} has no effect on {what}",
@@ -108,6 +120,8 @@ def _show(found: Audit) -> None:
             cells = [str(row["members"]), str(row["non_members"]), f"{row['auc']:.3f}", f"{row['auc_error']:.3f}"]
             table.add_row(row["party"], *cells, "too few" if rate is None else f"{rate:.1%}")
         out.print(table)
+    if found.updates:
+        out.print(_updates_table(found.updates))
     if found.canaries:
         for line in _canary_lines(found.canaries):
             typer.echo(line)
@@ -115,6 +129,21 @@ def _show(found: Audit) -> None:
         typer.echo("canaries  none were planted; `fedllm audit job.yaml` plants some")
     if (found.run / "audit.json").is_file():
         typer.echo(f"audit     {found.run / 'audit.json'}")
+
+
+def _updates_table(rows: list[dict[str, Any]]) -> Any:
+    from rich import box
+    from rich.table import Table
+
+    table = Table("round", "update of", "attack", box=box.SIMPLE_HEAD, title="words in updates", title_justify="left")
+    for title in ("words", "of", "by chance", "right", "AUC", "of noise"):
+        table.add_column(title, justify="right")
+    for row in rows:
+        counts = [str(row["words"]), str(row["among"])]
+        rates = ["-" if row[key] is None else f"{row[key]:.0%}" for key in ("by_chance", "found")]
+        ranked = ["-" if row[key] is None else f"{row[key]:.2f}" for key in ("auc", "auc_of_noise")]
+        table.add_row(str(row["round"]), row["whose"], row["attack"], *counts, *rates, *ranked)
+    return table
 
 
 def _canary_lines(values: dict[str, Any]) -> list[str]:

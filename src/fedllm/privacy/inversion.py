@@ -13,23 +13,28 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from fedllm.errors import ModelError
+from fedllm.privacy.membership import Membership, membership
 
 _READS = r"\.layers\.0\.self_attn\.(?:q|k|v|qkv)_proj\."
 _WHOLE = re.compile(_READS + r"(?:lora_A\.default\.)?weight$")
 _FACTOR_B = re.compile(r"(?P<head>.*" + _READS + r")lora_B\.default\.weight$")
+# Under AdamW and noise, so many of the strongest directions say more than all of them.
+_STRONGEST = 24
 
 
-def first_inputs(model: nn.Module) -> torch.Tensor:
+def first_inputs(model: nn.Module, only: Sequence[int] | None = None) -> torch.Tensor:
     """Return what the first block's attention reads for each word of the vocabulary, float64, shape (V, D).
 
     Args:
         model: A decoder of transformers, or one with an adapter on it.
+        only: These words alone, in this order.
 
     Raises:
         ModelError: `PEFT_TARGET`, its first block reads more than the token: its place, or a prompt.
@@ -44,7 +49,8 @@ def first_inputs(model: nn.Module) -> torch.Tensor:
             fix="attack a model of such a family",
         )
     with torch.no_grad():
-        inputs: torch.Tensor = norm(words.weight).double().cpu()
+        rows = words.weight if only is None else words.weight[list(only)]
+        inputs: torch.Tensor = norm(rows).double().cpu()
     return inputs
 
 
@@ -88,9 +94,66 @@ def token_distances_by_b(
     found = []
     for name, change in sorted(update.items()):
         if match := _FACTOR_B.match(name):
-            seen = inputs @ sent[match["head"] + "lora_A.default.weight"].double().T
+            # A party of lower rank trains the first slots.
+            factor_a = sent[match["head"] + "lora_A.default.weight"][: change.shape[1]]
+            seen = inputs @ factor_a.double().T
             found.append(_distances(seen, _basis([change], directions)))
     return torch.stack(found).mean(dim=0) if found else torch.ones(len(inputs), dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class WordsTold:
+    """How well the words that were read are told from others of a pool: `found` is `share_found`, by chance so many.
+
+    `ranked` has the AUC: the chance that a word that was read lies nearer than another one.
+    """
+
+    found: float
+    by_chance: float
+    ranked: Membership
+
+
+def is_read(update: Iterable[str]) -> bool:
+    """Return whether an update of these names holds what the span test looks at.
+
+    Args:
+        update: Parameter names.
+    """
+    return any(_WHOLE.search(name) or _FACTOR_B.match(name) for name in update)
+
+
+def span_test(
+    inputs: torch.Tensor,
+    update: Mapping[str, torch.Tensor],
+    sent: Mapping[str, torch.Tensor],
+    *,
+    there: Sequence[bool],
+) -> WordsTold | None:
+    """Return how well an update tells the words that were read; None where no word or every one was.
+
+    Whole matrices and factor A are tried, and factor B, each with all directions and with the strongest. The way with
+    the largest AUC counts, as an attacker would know it from trials with texts of its own.
+
+    Args:
+        inputs: From `first_inputs`, of V words to tell apart, shape (V, D). Best all words that any party has: then it
+            is of no help to know which are common.
+        update: A party's update, or a sum of several.
+        sent: What training started from.
+        there: Whether each of the words was read.
+    """
+    if all(there) or not any(there):
+        return None
+    read = torch.tensor(there)
+    told = []
+    for directions in (None, _STRONGEST):
+        for distances in (
+            token_distances(inputs, [update], directions=directions),
+            token_distances_by_b(inputs, update, sent, directions=directions),
+        ):
+            found = share_found(distances, read.nonzero()[:, 0].tolist())
+            ranked = membership(-distances[read].numpy(), -distances[~read].numpy())
+            told.append(WordsTold(found, float(read.double().mean()), ranked))
+    return max(told, key=lambda each: each.ranked.auc)
 
 
 def nearest_words(distances: torch.Tensor, number: int) -> set[int]:

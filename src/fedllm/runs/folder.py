@@ -26,6 +26,8 @@ _PATIENCE_S = 30.0
 _IDENTITY = {"run_id": "[0-9a-f]{32}", "job_digest": "[0-9a-f]{64}"}
 # In a run that was made to be audited: what was planted, by which it can be made again. No text of it.
 CANARIES = "canaries.json"
+# And what could be read off the updates of its parties: counts alone.
+UPDATES = "updates.json"
 
 
 def check_free(path: Path) -> None:

@@ -28,6 +28,8 @@ from fedllm.runtime.attacks import Attack, Claim
 from fedllm.runtime.delivery import need_adapter
 from fedllm.runtime.judge import final_models, final_tensors
 from fedllm.runtime.local import InProcessLink, local_hosts
+from fedllm.runtime.opening import trainer_for
+from fedllm.runtime.overheard import Listener, update_rows
 from fedllm.runtime.run import Watch, carry_out, concluding, read_result
 from fedllm.runtime.site import Site, data_settings, open_site, party_examples, party_tokens
 from fedllm.scenarios.base import TokenData
@@ -41,7 +43,8 @@ _DECOYS = 1000
 class Audit:
     """What an audit found; `refutes_claim` is whether more was lost than the job claims, None where it claims nothing.
 
-    `membership` has a row for each party on this machine; `canaries` is None where none were planted.
+    `membership` has a row for each party on this machine; `canaries` is None where none were planted. `updates` has a
+    row for each update that was attacked on its way to the server; there are none of a run that was not an audit's.
     """
 
     run: Path
@@ -49,6 +52,7 @@ class Audit:
     membership: list[dict[str, Any]]
     canaries: dict[str, Any] | None
     refutes_claim: bool | None
+    updates: list[dict[str, Any]]
 
     def values(self) -> dict[str, Any]:
         """Return all of it, ready for JSON."""
@@ -75,25 +79,28 @@ def claimed(job: Job, run: Path) -> Claim | None:
     return Claim(epsilon, delta, asked.unit)
 
 
-def audit_job(
+def audit_job(  # noqa: PLR0913 - each is an option of the command
     job: Job,
     *,
     parties: list[LocatedParty] | None = None,
     canaries: int = 200,
     copies: int = 1,
+    texts: int = 20_000,
     output: Path | None = None,
     watch: Watch | None = None,
 ) -> Audit:
     """Plant canaries among the parties' training examples, run the job as it is, and return what it gives away.
 
     Each canary is planted or not by a fair coin. The adapter of the last round is judged, also where the job delivers
-    the best one: every party sees all of them. The run is for the audit alone: its adapter knows canaries.
+    the best one: every party sees all of them. The run is for the audit alone: its adapter knows canaries. In the first
+    and the last round it is tried which words can be read off the updates, as the server gets them.
 
     Args:
         job: The job.
         parties: Its party files; by default `parties/NAME.yaml` beside the job file.
         canaries: Canaries of all parties together.
         copies: How often each is planted. A claim for an example is then that for a group of so many.
+        texts: How many texts are tried for an update that the span test cannot read, each in a pass of one example.
         output: The run folder; by default `runs/NAME-DIGEST-audit`.
         watch: Callbacks for a live view.
 
@@ -107,14 +114,14 @@ def audit_job(
     check_free(path)
     site = _open(job, parties, path)
     reads = {located.party.name: party_examples(job, located) for located in _training(job, parties)}
-    plan = _plan(reads, canaries=canaries, copies=copies)
+    plan = _plan(reads, canaries=canaries, copies=copies) | {"texts": texts}
     data = _planted(site, parties, plan, reads)
     run = RunFolder.create(path, job_digest=job.digest)
     try:
         # Before the run can be resumed, it is known as an audit's.
         write_json(path / CANARIES, plan)
         write_plan(run, job, parties)
-        _carry_out(run, site, parties, data, watch)
+        _carry_out(run, site, parties, data, plan, watch)
     finally:
         run.close()
     return _audit(path, site, parties, plan)
@@ -174,7 +181,7 @@ def audit_adapter(job: Job, adapter: Path, *, party: Path) -> Audit:
             fix="name the folder with adapter_model.safetensors that the job delivered; or audit the run itself",
         )
     rows = _membership(Attack(site, [("delivered", None, tensors)]), [located], where=str(adapter))
-    return Audit(adapter, None, rows, None, None)
+    return Audit(adapter, None, rows, None, None, [])
 
 
 def _to_the_end(job: Job) -> Job:
@@ -200,16 +207,24 @@ def _go_on(path: Path, site: Site, parties: list[LocatedParty], plan: Mapping[st
     run = RunFolder.open(path)
     try:
         run.event("run_resumed")
-        _carry_out(run, site, parties, data, watch)
+        _carry_out(run, site, parties, data, plan, watch)
     finally:
         run.close()
 
 
 def _carry_out(
-    run: RunFolder, site: Site, parties: list[LocatedParty], data: Mapping[str, TokenData], watch: Watch | None
+    run: RunFolder,
+    site: Site,
+    parties: list[LocatedParty],
+    data: Mapping[str, TokenData],
+    plan: Mapping[str, Any],
+    watch: Watch | None,
 ) -> None:
     with concluding(run):
-        hosts = local_hosts(site, data, run, on_step=(watch or Watch()).on_step)
+        listener = Listener(site, run.path, data, plan["texts"])
+        trainer = listener.trainer(trainer_for(site.job))
+        hosts = local_hosts(site, data, run, trainer=trainer, on_step=(watch or Watch()).on_step)
+        listener.listen(hosts)
         carry_out(run, site.job, parties, InProcessLink(hosts), watch=watch)
 
 
@@ -258,7 +273,7 @@ def _audit(path: Path, site: Site, parties: list[LocatedParty], plan: Mapping[st
     passes = None
     if claim and found:
         passes = found["epsilon_lower_bound"] > found["claimed_epsilon"]
-    audit = Audit(path, claim, rows, found, passes)
+    audit = Audit(path, claim, rows, found, passes, update_rows(path))
     write_json(path / _FOUND, audit.values())
     renew(path, [_FOUND])
     return audit

@@ -18,6 +18,7 @@ from fedllm.data.batches import IGNORED, collate
 from fedllm.data.tokens import TokenisedExample
 from fedllm.errors import ModelError
 from fedllm.models.loss import target_losses
+from fedllm.models.quiet import no_look_for_padding
 from fedllm.seeds import PROCESS_STATE, torch_generator
 
 Gradients = dict[str, torch.Tensor]
@@ -58,7 +59,7 @@ def at_once(model: Any, parameters: _Parameters, *, pad_id: int) -> PerExample:
         batch = collate(rows, pad_id=pad_id)
         values = {name: parameter.detach() for name, parameter in parameters.items()}
         # The other kernels for attention have no rule for vmap, which would go through the examples one by one.
-        with sdpa_kernel(SDPBackend.MATH):
+        with sdpa_kernel(SDPBackend.MATH), no_look_for_padding(model):
             found: Gradients = gradients(values, batch["input_ids"].to(device), batch["labels"].to(device))
         return found
 
