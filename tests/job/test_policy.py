@@ -216,6 +216,15 @@ def test_a_site_with_a_limit_runs_private_jobs_within_it(asked: dict[str, Any], 
     assert check_policy(private_job(**asked), make_party()) == []
 
 
+def test_noise_that_a_server_adds_is_not_what_a_site_with_a_limit_asks_for() -> None:
+    """The server has the updates before there is noise on them, and no ledger of the site knows of it."""
+    asked = {"unit": "party", "epsilon": 2.0}
+    (error,) = check_policy(private_job(**asked), make_party(max_epsilon=3.0))
+    assert "when it has the updates" in error.what and "distributed" in error.fix
+    assert check_policy(private_job(**asked), make_party()) == []
+    assert check_policy(private_job(**asked, placement="distributed"), make_party(max_epsilon=3.0)) == []
+
+
 def test_a_site_that_bears_a_larger_delta_says_so() -> None:
     assert check_policy(private_job(epsilon=3.0, delta=1e-4), make_party(max_epsilon=3.0, max_delta=1e-4)) == []
 

@@ -39,6 +39,8 @@ def test_a_unit_brings_its_defaults_and_what_was_written_out_is_read_again() -> 
         ({"unit": "record", "epsilon": 3.0}, "'none', 'example', 'group' or 'party'"),
         ({"unit": "example", "epsilon": 3.0, "placement": "central"}, "placement has no effect"),
         ({"unit": "party", "epsilon": 3.0, "placement": "distributed", "accountant": "PLD"}, "by RDP"),
+        ({"unit": "party", "epsilon": 3.0, "colluders": 1}, "no party has a share"),
+        ({"unit": "example", "epsilon": 3.0, "colluders": 1}, "colluders has no effect"),
         ({"unit": "party", "epsilon": 3.0, "placement": "distributed", "adaptive_clip": True}, "adaptive_clip"),
         ({"unit": "example", "epsilon": 3.0, "accountant": "GDP"}, "'PLD' or 'RDP'"),
     ],

@@ -16,6 +16,8 @@ from fedllm.job.check import check_job
 from fedllm.privacy.accountant import Mechanism, epsilon_of
 from fedllm.runtime.noise import noise_at
 from fedllm.runtime.run import RunResult, Watch, resume
+from fedllm.wire.codecs import Codec, CodecSettings
+from fedllm.wire.payload import manifest_of
 
 Make = Callable[..., TinyFederation]
 SIZES = {"north": 6, "east": 9, "south": 4, "west": 5}
@@ -54,6 +56,27 @@ def test_the_mean_has_the_noise_that_the_job_asks_for(way: str, make_federation:
     assert float(changes.std()) == pytest.approx(expected, rel=0.25)
     plain = PLAN | {"federation.codec": SHARED["federation.codec"]}
     assert float(moved(make_federation("plain", sizes=SIZES, job=plain).run()).std()) < expected / 3
+
+
+def test_noise_of_the_server_counts_what_the_grid_adds_to_an_update(make_federation: Make) -> None:
+    """Of many small values rounding to a coarse grid makes an update much longer than it was clipped to."""
+    codec = CodecSettings.model_validate({"name": "Grid", "bits": 6, "limit": 1.0})
+    result = make_federation(sizes=SIZES, job=CENTRAL | {"federation.codec": codec.model_dump(exclude_none=True)}).run()
+    changes, step = moved(result), Codec(codec).step
+    update = {"a": torch.full((len(changes),), 0.5 / len(changes) ** 0.5)}
+    coded = Codec(codec).encode(update, seed=1, party="north", number=1)
+    arrived = Codec(codec).decode(coded, manifest_of(update), seed=1, number=1)
+    longest = 0.5 + step * len(changes) ** 0.5
+    assert 0.5 * 1.1 < float(arrived["a"].norm()) <= longest
+    # The rounding of four parties is in it as well, which is no part of the noise.
+    assert float(changes.std()) == pytest.approx(2.0 * longest / 4, rel=0.25)
+
+
+def test_with_colluders_the_noise_of_the_others_is_enough(make_federation: Make) -> None:
+    job = SHARED | {"privacy.differential_privacy": NOISE | {"placement": "distributed", "colluders": 1}}
+    changes = moved(make_federation(sizes=SIZES, job=job).run())
+    # Three may be what stays, and two of them honest; all four add theirs.
+    assert float(changes.std()) == pytest.approx(2.0 * 0.5 / 4 * (4 / 2) ** 0.5, rel=0.25)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -135,6 +158,13 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "codec": ({"federation.codec": {"name": "int8"}}, "E06"),
     "SCAFFOLD": ({"federation.strategy": {"name": "SCAFFOLD"}, "train.optim": "sgd"}, "E06"),
     "FedSA-LoRA": ({"federation.lora_rule": "FedSA-LoRA"}, "E06"),
+    "nobody's noise left": (
+        {
+            "privacy.differential_privacy": NOISE | {"placement": "distributed", "colluders": 3},
+            "privacy.secure_aggregation": {"enabled": True},
+        },
+        "nobody's noise would be left (E09)",
+    ),
     "shares in fp32": (
         {
             "privacy.differential_privacy": NOISE | {"placement": "distributed"},

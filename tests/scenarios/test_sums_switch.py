@@ -66,3 +66,8 @@ def test_the_plan_says_what_the_server_sees(make_federation: Make) -> None:
     for changes, words in (({}, "each party's update"), (SECURE, "weighted sum of the parties' updates")):
         job = make_federation(str(len(words)), sizes=SIZES, job=changes).job()
         assert words in job.table_line().who_learns_what(job.federation, job.privacy)[0]
+    # Who needs how many accomplices follows from the threshold.
+    for threshold, said in ((None, "more than a third"), (4, "unless 4 parties")):
+        secure = {"privacy.secure_aggregation": {"enabled": True, "threshold": threshold}}
+        job = make_federation(f"{threshold}", sizes=SIZES, job=secure).job()
+        assert said in job.table_line().who_learns_what(job.federation, job.privacy)[0]

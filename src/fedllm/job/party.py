@@ -39,8 +39,8 @@ class Limits(BaseModel):
     max_epsilon: float | None = Field(
         None,
         gt=0,
-        description="Run only jobs with differential privacy, of this epsilon at most; all runs on the same training "
-        "data together stay within it, by the site's ledger.",
+        description="Run only jobs whose noise is the site's own, of this epsilon at most; all runs on the same "
+        "training data together stay within it, by the site's ledger.",
     )
     max_delta: float = Field(
         1e-5, gt=0, le=0.01, description="With `max_epsilon`: the largest delta that a job may name; below 1/examples."

@@ -183,7 +183,11 @@ def _private(asked: DifferentialPrivacySettings, limits: Limits) -> Iterator[Rul
         what, fix = "noise of which the epsilon is not said", f"set `{key}.epsilon` in place of noise_multiplier"
     else:
         what, fix = f"an epsilon of {asked.epsilon:g}", f"lower `{key}.epsilon`"
-    holds = most is None or (asked.epsilon is not None and asked.epsilon <= most)
+    own = asked.placement != "central"
+    if not own and asked.epsilon is not None:
+        what = "noise that the server adds when it has the updates"
+        fix = f"set `{key}.placement: distributed` with secure aggregation, or `unit: example`"
+    holds = most is None or (own and asked.epsilon is not None and asked.epsilon <= most)
     yield Rule("max_epsilon", what, shown, holds, f"{fix}, {_ASK_SITE}")
     if most is not None and asked.delta is not None:
         allowed, fix = f"{limits.max_delta:g} at most", f"lower `{key}.delta`, {_ASK_SITE}"

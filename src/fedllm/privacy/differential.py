@@ -22,7 +22,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "none": {},
     "example": _NOISE,
     "group": _NOISE,
-    "party": {**_NOISE, "placement": "central", "adaptive_clip": False, "accountant": "RDP"},
+    "party": {**_NOISE, "placement": "central", "adaptive_clip": False, "colluders": None, "accountant": "RDP"},
 }
 # Above this the promise is that someone is exposed.
 _LARGEST_DELTA = 0.01
@@ -59,6 +59,13 @@ class DifferentialPrivacySettings(BaseModel):
         None, description="party, central: let clip_norm follow the median norm of the updates: no."
     )
 
+    colluders: int | None = Field(
+        None,
+        ge=0,
+        description="party, distributed: parties that may work together with the server and take their share of the "
+        "noise away; that of the others is enough: 0.",
+    )
+
     @model_validator(mode="before")
     @classmethod
     def _settings_of_the_unit(cls, values: Any) -> Any:
@@ -73,6 +80,8 @@ class DifferentialPrivacySettings(BaseModel):
             raise ValueError(f"epsilon and noise_multiplier are {state}; give one of them, the other follows from it")
         if self.placement == "distributed" and self.accountant != "RDP":
             raise ValueError("noise in whole numbers is accounted for by RDP; leave accountant out")
+        if self.placement == "central" and self.colluders is not None:
+            raise ValueError("with central noise no party has a share to take away; leave colluders out")
         if self.placement == "distributed" and self.adaptive_clip:
             raise ValueError("the clip norm can be adapted by a server that is trusted; leave adaptive_clip out")
         return self

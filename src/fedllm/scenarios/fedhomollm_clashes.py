@@ -38,7 +38,7 @@ def clashes(
         rule = name if needs_each(settings) else ""
         yield from clashes_of_sums(settings, privacy.secure_aggregation, parties, needs_each=rule)
     yield from clashes_of_noise(settings, privacy.differential_privacy)
-    yield from clashes_of_shares(privacy.differential_privacy, privacy.secure_aggregation)
+    yield from clashes_of_shares(settings, privacy.differential_privacy, privacy.secure_aggregation, parties)
 
 
 def _clashes_of_scaffold(settings: Settings, train: TrainSettings) -> Iterator[Clash]:

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import torch
 
+from fedllm.aggregate.total import GRID_BITS
 from fedllm.errors import ConfigError, PayloadError
 from fedllm.privacy.accountant import Mechanism, epsilon_of
 from fedllm.privacy.budget import Budget
@@ -80,8 +81,9 @@ class Spread:
         self.codec = Codec(settings.codec)
         asked, threshold = privacy.differential_privacy, privacy.secure_aggregation.threshold
         cohort, step = settings.cohort_size(parties), self.codec.step
-        # Enough noise even if no more parties stay than must.
-        self.least = least_of(cohort, threshold=threshold, fewest=settings.min_parties)
+        # Enough noise even if no more parties stay than must, and some of them take theirs away.
+        stay = least_of(cohort, threshold=threshold, fewest=settings.min_parties)
+        self.least = stay - (asked.colluders or 0)
         clip = float(asked.clip_norm or 0.0)
         moved = sensitivity(clip, step=step, size=size)
         self.deviation = run_of(settings, asked).noise_multiplier * moved / math.sqrt(self.least) / step
@@ -193,6 +195,7 @@ class ServerNoise:
 
     def __init__(self, settings: Settings, asked: DifferentialPrivacySettings, budget: Budget | None) -> None:
         self._settings, self._asked, self._budget = settings, asked, budget
+        self._step = Codec(settings.codec).step if settings.codec.name == "Grid" else 2.0**-GRID_BITS
 
     def check(self, parties: int) -> None:
         """Raise where the clip norm cannot be adapted with so little noise on so few parties' bits.
@@ -234,7 +237,10 @@ class ServerNoise:
             multiplier = noise_left(multiplier, parties)
             within = total.counts.get(WITHIN, 0.0) + float(noise.normals(1, "bits")[0]) * BIT_SHARE * parties
             clip = next_norm(clip_norm, within, parties)
-        noisy = with_noise(update, multiplier * clip_norm / parties, noise)
+        # What is summed is rounded, which may make an update longer than it was clipped to.
+        size = sum(tensor.numel() for tensor in update.values())
+        moved = sensitivity(clip_norm, step=self._step, size=size)
+        noisy = with_noise(update, multiplier * moved / parties, noise)
         return replace(total, means={**total.means, **prefixed("update", noisy)}), clip
 
     def rows(self, number: int, clip_norm: float) -> list[Row]:

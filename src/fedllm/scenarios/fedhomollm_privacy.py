@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from fedllm.privacy.differential import DifferentialPrivacySettings
-from fedllm.privacy.secure_sum import LEAST_PARTIES
+from fedllm.privacy.secure_sum import LEAST_PARTIES, least_of
 from fedllm.privacy.settings import SecureAggregationSettings
 from fedllm.scenarios.base import Clash
 from fedllm.scenarios.fedhomollm_settings import Settings
@@ -28,14 +28,25 @@ def clashes_of_noise(settings: Settings, asked: DifferentialPrivacySettings) -> 
         yield from _clashes_of_parties(settings, asked)
 
 
-def clashes_of_shares(asked: DifferentialPrivacySettings, secure: SecureAggregationSettings) -> Iterator[Clash]:
+def clashes_of_shares(
+    settings: Settings, asked: DifferentialPrivacySettings, secure: SecureAggregationSettings, parties: Sequence[str]
+) -> Iterator[Clash]:
     """Yield what noise that is shared among the parties does not go with.
 
     Args:
+        settings: The scenario's.
         asked: The job's `privacy.differential_privacy`.
         secure: The job's `privacy.secure_aggregation`.
+        parties: Its parties.
     """
-    if asked.placement == "distributed" and not secure.enabled:
+    if asked.placement != "distributed":
+        return
+    cohort = settings.cohort_size(len(parties))
+    stay = least_of(cohort, threshold=secure.threshold, fewest=settings.min_parties)
+    if (asked.colluders or 0) >= stay:
+        what = f"colluders is {asked.colluders}, and a sum may be of {stay} parties: nobody's noise would be left (E09)"
+        yield "privacy.differential_privacy.colluders", what, f"set it to {stay - 1} at most, or raise `threshold`"
+    if not secure.enabled:
         what = "each party's share of the noise is too little to hide its update from a server that sees it (E09)"
         fix = "set `privacy.secure_aggregation.enabled: true`, or `placement: central`"
         yield "privacy.differential_privacy.placement", what, fix

@@ -49,6 +49,16 @@ def _server(privacy: PrivacySettings, beside: str) -> str:
         )
     return (
         f"The server sees the weighted sum of the parties' updates{beside.replace('its', 'their')}, the sums of losses "
-        "and counts, who is in each sum, and the global adapter; of no party anything by itself, unless more than a "
-        "third of those who began a sum work together with it."
+        "and counts, who is in each sum, and the global adapter; of no party anything by itself, unless "
+        + _accomplices(privacy.secure_aggregation.threshold)
+    )
+
+
+def _accomplices(threshold: int | None) -> str:
+    """Return how many parties that work together with the server can open another's part of a sum."""
+    if threshold is None:
+        return "more than a third of those who began a sum work together with it."
+    return (
+        f"{threshold} parties work together with it; with a server that also lies to them, twice {threshold} less "
+        "those who began the sum are enough."
     )
