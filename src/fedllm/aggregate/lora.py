@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from fedllm.aggregate.rules import LoraRule
@@ -13,6 +15,8 @@ from fedllm.seeds import stream
 
 Tensors = dict[str, torch.Tensor]
 _ROUNDING = 1e-6
+# Numbers of a site's sketch, at most: the meter must not cost what codecs save.
+_SKETCH = 32
 
 # The factor that is drawn at random at the start, and the one that starts at zero. On embeddings they swap names.
 _DRAWN = re.compile(r"\.lora_(A|embedding_B)\.")
@@ -79,8 +83,19 @@ def sites(names: Iterable[str]) -> dict[str, tuple[str, str]]:
     return found
 
 
+def sketch_size(rows: int) -> int:
+    """Return how many numbers a site's sketch has.
+
+    Args:
+        rows: Of its factor B.
+    """
+    return min(rows, _SKETCH)
+
+
 def sketch(tensors: Mapping[str, torch.Tensor], *, seed: int, number: int) -> Tensors:
-    """Return B (A w) of every site, for a Gaussian vector w that all parties draw alike; shape (rows of B,).
+    """Return V B (A w) of every site, for a Gaussian vector w and rows of signs V that all parties draw alike.
+
+    Shape (`sketch_size`,). It is linear in the product, so that a sum of sketches is that of the sum.
 
     Args:
         tensors: The trained tensors.
@@ -88,17 +103,31 @@ def sketch(tensors: Mapping[str, torch.Tensor], *, seed: int, number: int) -> Te
         number: The round.
     """
     return {
-        site: _projected(tensors[left], tensors[right], _probe(site, tensors[right], seed, number)).float()
+        site: _probe(site, tensors[left], tensors[right], seed, number).of(tensors[left], tensors[right]).float()
         for site, (left, right) in sites(tensors).items()
     }
 
 
-def _probe(site: str, right: torch.Tensor, seed: int, number: int) -> torch.Tensor:
-    return torch.from_numpy(stream(seed, "drift", number, site).standard_normal(right.shape[1]))
+@dataclass(frozen=True)
+class _Probe:
+    """A site's random numbers of one round: w, shape (columns of A,), and V, or None where B has few rows."""
+
+    right: torch.Tensor
+    left: torch.Tensor | None
+
+    def of(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        """Return V B (A w), float64."""
+        found = left.double() @ (right.double() @ self.right)
+        return found if self.left is None else self.left @ found
 
 
-def _projected(left: torch.Tensor, right: torch.Tensor, probe: torch.Tensor) -> torch.Tensor:
-    return left.double() @ (right.double() @ probe)
+def _probe(site: str, left: torch.Tensor, right: torch.Tensor, seed: int, number: int) -> _Probe:
+    draws = stream(seed, "drift", number, site)
+    gaussian, rows, size = draws.standard_normal(right.shape[1]), left.shape[0], sketch_size(left.shape[0])
+    if size == rows:
+        return _Probe(torch.from_numpy(gaussian), None)
+    signs = draws.integers(0, 2, (size, rows), dtype=np.int8) * 2.0 - 1.0
+    return _Probe(torch.from_numpy(gaussian), torch.from_numpy(signs / size**0.5))
 
 
 def drift(
@@ -112,8 +141,8 @@ def drift(
     """Return the bias of the mean of factors, as a share of the round's change; None if nothing changed.
 
     That is |sum p_i B_i A_i - B A| / |sum p_i B_i A_i - B' A'| in the Frobenius norm, with the parties' mean (A, B) and
-    the last round's (A', B'), estimated with one Gaussian vector for each site: E |M w|^2 = |M|_F^2. One site is looked
-    at at a time.
+    the last round's (A', B'), estimated with one Gaussian vector and some rows of signs for each site:
+    E |V M w|^2 = |M|_F^2. One site is looked at at a time.
 
     Args:
         mean_sketch: Weighted mean of the parties' `sketch`.
@@ -124,9 +153,9 @@ def drift(
     """
     bias = change = size = 0.0
     for site, (left, right) in sites(before).items():
-        probe = _probe(site, before[right], seed, number)
-        was = _projected(before[left], before[right], probe)
-        now = _projected(before[left] + update[left], before[right] + update[right], probe)
+        probe = _probe(site, before[left], before[right], seed, number)
+        was = probe.of(before[left], before[right])
+        now = probe.of(before[left] + update[left], before[right] + update[right])
         met = mean_sketch[site].double()
         bias += float((met - now).square().sum())
         change += float((met - was).square().sum())

@@ -68,11 +68,12 @@ class Update:
 
 
 def gram(before: Mapping[str, torch.Tensor], updates: Sequence[Update]) -> torch.Tensor:
-    """Return the inner products of the effective updates, float64, shape (parties, parties).
+    """Return the inner products of the updates, float64, shape (parties, parties).
 
-    The effective update of a LoRA site is the change of the product B A (its scale is the same for all); computed from
-    the factors: B' A' - B A = dB A' + B dA. Everything else counts as it is. Distances between raw factors would
-    depend on how the product is split between them.
+    What has no factors counts as it is. Of a LoRA site of which one factor moves it is the effective update, the change
+    of the product B A (its scale is the same for all): B' A' - B A = dB A' + B dA. Where both move, half of it is that,
+    and half what the mean of factors takes in: dA and dB, each as long as the product of the usual other factor with
+    it. A party that sends c B and A / c has the product of an honest one, and would ruin the mean.
 
     Args:
         before: The global state that the parties started from.
@@ -82,16 +83,29 @@ def gram(before: Mapping[str, torch.Tensor], updates: Sequence[Update]) -> torch
     in_sites = set()
     for left, right in sites(before).values():
         in_sites |= {left, right}
-        tall, wide = [], []
-        for update in updates:
-            d_left, d_right, new_right = factors_of(before, update.tensors, left, right)
-            tall.append(torch.cat([d_left, before[left].double()], dim=1))
-            wide.append(torch.cat([new_right, d_right]))
-        total += _blocks(torch.cat(tall, dim=1), torch.cat(wide), len(updates))
+        parts = [factors_of(before, update.tensors, left, right) for update in updates]
+        tall = torch.cat([torch.cat([d_left, before[left].double()], dim=1) for d_left, _, _ in parts], dim=1)
+        wide = torch.cat([torch.cat([new_right, d_right]) for _, d_right, new_right in parts])
+        effective = _blocks(tall, wide, len(updates))
+        both = left in updates[0].tensors and right in updates[0].tensors
+        total += (effective + _of_factors(before[left].double(), parts)) / 2 if both else effective
     for name in updates[0].tensors.keys() - in_sites:
-        flat = torch.stack([update.tensors[name].reshape(-1).double() for update in updates])
-        total += flat @ flat.T
+        total += _inner([update.tensors[name].double() for update in updates])
     return total
+
+
+def _of_factors(left: torch.Tensor, parts: Sequence[tuple[torch.Tensor, ...]]) -> torch.Tensor:
+    """Return inner products of the changes of both factors, each scaled by the parties' median of the other's size."""
+    rank = left.shape[1]
+    size_left = torch.stack([(left + d_left).square().sum() for d_left, _, _ in parts]).median() / rank
+    size_right = torch.stack([new_right.square().sum() for _, _, new_right in parts]).median() / rank
+    changes = [(d_left, d_right) for d_left, d_right, _ in parts]
+    return size_right * _inner([one for one, _ in changes]) + size_left * _inner([other for _, other in changes])
+
+
+def _inner(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    flat = torch.stack([tensor.reshape(-1) for tensor in tensors])
+    return flat @ flat.T
 
 
 def _blocks(tall: torch.Tensor, wide: torch.Tensor, count: int) -> torch.Tensor:
@@ -186,7 +200,7 @@ def robust_mean(before: Mapping[str, torch.Tensor], updates: Sequence[Update], s
     """Return what takes the mean update's place, float32.
 
     Median and TrimmedMean (Yin et al. 2018, arXiv:1803.01498, definitions 1 and 2) compare coordinates; the others
-    choose a weight for each update by the distances between effective updates, see `gram`. The order of `updates`
+    choose a weight for each update by the distances between updates, see `gram`. The order of `updates`
     makes no difference beyond rounding: the caller keeps one order.
 
     Args:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fedllm.aggregate.lora import answered, sites
+from fedllm.aggregate.lora import answered, sites, sketch_size
 from fedllm.aggregate.slots import Spread, num_slots, own_manifest
 from fedllm.scenarios.fedhomollm_settings import Settings, meets_drift, needs_each
 from fedllm.wire.codecs import Codec
@@ -68,8 +68,8 @@ class Answer:
     def _drift_vectors(self) -> Manifest:
         if not meets_drift(self.settings):
             return {}
-        rows = {site: self.adapter[left].shape[0] for site, (left, _) in sites(self.adapter).items()}
-        return {f"drift/{site}": TensorSpec(dtype="float32", shape=[count]) for site, count in rows.items()}
+        sizes = {site: sketch_size(self.adapter[left].shape[0]) for site, (left, _) in sites(self.adapter).items()}
+        return {f"drift/{site}": TensorSpec(dtype="float32", shape=[size]) for site, size in sizes.items()}
 
 
 def answer(settings: Settings, adapter: Manifest, number: int, party: str) -> Manifest:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
+
+import torch
 
 from fedllm.aggregate.folded import check_folded, split
 from fedllm.aggregate.lora import answered, moving, sketch, travelling
@@ -113,11 +116,14 @@ class Client:
             update, told = self._unit.clipped(update, request.clip_norm)
             counts = {"steps": counts["steps"]} | told
         tensors = prefixed("update", update) | prefixed("control", self._control_update(request, update, number))
-        tensors = self._encoded(tensors, number)
+        whole, tensors = tensors, self._encoded(tensors, number)
         if self._unit:
             tensors = self._unit.noised(tensors, number)
         if meets_drift(c.settings):
-            tensors |= prefixed("drift", sketch(end, seed=c.seed, number=number))
+            # Of what arrives: what a codec loses is no bias of the mean.
+            arrived = select("update", self._arriving(tensors, whole, number))
+            after = {name: start[name] + change for name, change in arrived.items()}
+            tensors |= prefixed("drift", sketch({**start, **after}, seed=c.seed, number=number))
         return Summand(weight=self._weight(), counts=counts, tensors=tensors)
 
     def _counts(self, sums: TrainSums, number: int) -> dict[str, float]:
@@ -154,9 +160,13 @@ class Client:
         whole = {name: tensor + lost[name] if name in lost else tensor for name, tensor in tensors.items()}
         coded = codec.encode(whole, seed=c.seed, party=c.party, number=number)
         if codec.settings.error_feedback:
-            arrived = codec.decode(coded, manifest_of(whole), seed=c.seed, number=number)
+            arrived = self._arriving(coded, whole, number)
             self._kept.now["lost"] = lost | {name: tensor - arrived[name] for name, tensor in whole.items()}
         return coded
+
+    def _arriving(self, coded: Tensors, whole: Tensors, number: int) -> Mapping[str, torch.Tensor]:
+        """Return what the server makes of what travels."""
+        return Codec(self._c.settings.codec).decode(coded, manifest_of(whole), seed=self._c.seed, number=number)
 
     def _whole(self, adapter: TensorMap, own: Tensors, number: int) -> TensorMap:
         """Return all that the model computes with: what was sent, and what no message brings, as of a round's end."""
