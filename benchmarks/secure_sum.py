@@ -35,6 +35,7 @@ from fedllm.job.job import Job
 from fedllm.privacy.secure_sum import Signatures, least_of
 from fedllm.runtime.run import run_local
 from fedllm.runtime.scaffold import write_job_folder
+from fedllm.runtime.sum_book import Opened, SumBook
 from fedllm.runtime.sum_layout import Layout
 from fedllm.runtime.sum_party import PartySums, SumTerms
 from fedllm.runtime.sum_server import Answers, SecureTotal
@@ -50,9 +51,12 @@ HEX = "0" * 64
 class Give(Payload):
     """A request whose answers are summed."""
 
-    def private(self) -> str:
-        """Return what is summed."""
-        return "update"
+
+class NoBook(SumBook):
+    """Nothing of a benchmark is written down."""
+
+    def note(self, job_digest: str, new: Opened) -> None:
+        """Do nothing."""
 
 
 class Parties:
@@ -70,7 +74,11 @@ class Parties:
         self.gone: set[str] = set()
         self.codec = Codec(CodecSettings.model_validate({"name": "Grid", "limit": 2.0**-6}))
         self.terms = SumTerms(
-            tuple(names), lambda n: least_of(n, threshold=None, fewest=0), Layout(len(names), max_weight)
+            tuple(names),
+            lambda n: least_of(n, threshold=None, fewest=0),
+            Layout(len(names), max_weight),
+            num_rounds=1,
+            private=lambda request: "update",
         )
         self.updates = {name: _update(number, tensors, values) for number, name in enumerate(names)}
         step = max(1, max_weight // len(names))
@@ -83,11 +91,8 @@ class Parties:
             except InvalidSignature:
                 raise SenderRefused("BAD_SIGNATURE", "not signed by it", where=name) from None
 
-        book = Path("/nonexistent")
+        book = NoBook(Path("/nonexistent"), "all")
         self.sums = {n: PartySums(n, HEX, HEX[:32], self.terms, Signatures(keys[n].sign, verify), book) for n in names}
-        for sums in self.sums.values():
-            # Nothing of a benchmark is written down.
-            sums._note = lambda what, round_: None  # type: ignore[method-assign]
 
     def asked(
         self, request: Payload | Mapping[str, Payload], round_: int, to: list[str] | tuple[str, ...]

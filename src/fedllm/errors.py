@@ -92,6 +92,7 @@ CODES: dict[str, str] = {
     "ENDPOINT_FAILED": "A model behind a network address gives no answer that could be used.",
     "DISK_FULL": "No space is left for the run folder.",
     "BUDGET_EXHAUSTED": "One more round would spend more privacy than the job or a site allows.",
+    "BUDGET_OTHER_UNIT": "Earlier runs on the same data hid less than this one; what they spent of it is not known.",
     "LEDGER_BROKEN": "The ledger of spent privacy was deleted, shortened or changed.",
     "GRADIENT_UNSURE": "The gradient of a single example cannot be had from this model, or is not right.",
     "OWNERSHIP_UNCOMMITTED": "A party claims the model and has not committed to a claim before the run.",

@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fedllm.data.tokens import TokenisedExample
 from fedllm.errors import BudgetExhausted, ExitCode, StateLost
 from fedllm.privacy.accountant import Mechanism, epsilon_of
 from fedllm.privacy.budget import Budget, Purse
-from fedllm.privacy.ledger import Charge, Ledger, data_digest, spent_on
+from fedllm.privacy.ledger import Charge, Ledger, spent_on
 from fedllm.privacy.terms import Terms
 
 ROUND = Mechanism(0.1, 1.0, 5)
-TERMS = Terms("example", "d" * 64, ROUND, 1e-5, "RDP", None)
+TERMS = Terms("example", "rows:d", ROUND, 1e-5, "RDP", None)
 
 
 def charge(**changes: Any) -> Charge:
-    values = {"data": "d", "unit": "example", "run": "r", "round": 1, "inputs": "i", "noise": "k"}
+    values = {"data": "rows:d", "unit": "example", "run": "r", "round": 1, "inputs": "i", "noise": "k"}
     return Charge(**values | {"sampling_rate": 0.1, "noise_multiplier": 1.0, "steps": 5} | changes)
 
 
@@ -49,8 +49,8 @@ def test_charges_come_back_in_order_and_each_once(tmp_path: Path) -> None:
     head = book.add(second)
     assert book.add(first) == head
     assert Ledger(book.path).charges() == [first, second]
-    assert spent_on(book.charges(), "d") == [first.mechanism, second.mechanism]
-    assert spent_on(book.charges(), "other") == []
+    assert spent_on(book.charges(), "rows:d", unit="example") == [first.mechanism, second.mechanism]
+    assert spent_on(book.charges(), "rows:other", unit="example") == []
 
 
 @pytest.mark.parametrize("line", [0, 1])
@@ -147,7 +147,7 @@ def test_a_site_s_limit_is_for_all_runs_on_the_same_data(tmp_path: Path) -> None
     assert (second.spent(TERMS), second.spent_by_all(TERMS)) == (spent(5), most)
     with pytest.raises(BudgetExhausted, match="max_epsilon"):
         second.open_round(2, "i", TERMS)
-    second.open_round(2, "i", replace(TERMS, data="e" * 64))
+    second.open_round(2, "i", replace(TERMS, data="rows:e"))
 
 
 def at_once(spend: Callable[[str], None]) -> None:
@@ -177,9 +177,75 @@ def test_a_site_s_limit_holds_when_runs_ask_at_once(tmp_path: Path) -> None:
     assert len(ledger(tmp_path).charges()) == 7
 
 
-def test_the_digest_of_data_does_not_depend_on_their_order() -> None:
-    rows = [TokenisedExample((1, 2, n), (False, True, True), False, 1) for n in range(4)]
-    assert data_digest(rows) == data_digest(rows[::-1])
-    assert data_digest(rows) != data_digest(rows[1:])
-    assert data_digest([*rows, rows[0]]) != data_digest(rows)
-    assert data_digest([replace(rows[0], loss_mask=(False, False, True)), *rows[1:]]) != data_digest(rows)
+BY_WHO = {"unit": "group", "group_by": "who"}
+
+
+@pytest.mark.parametrize(
+    ("paid", "asked"),
+    [
+        (BY_WHO, {"unit": "example"}),
+        (BY_WHO, BY_WHO),
+        ({"unit": "party"}, {"unit": "example"}),
+        ({"unit": "party"}, BY_WHO),
+        ({"unit": "party"}, {"unit": "party"}),
+    ],
+)
+def test_what_hid_more_counts_for_what_hides_less(paid: dict[str, str], asked: dict[str, str]) -> None:
+    found = charge(**paid)
+    assert spent_on([found], "rows:d", **asked) == [found.mechanism]
+
+
+@pytest.mark.parametrize(
+    ("paid", "asked"),
+    [
+        ({"unit": "example"}, BY_WHO),
+        ({"unit": "example"}, {"unit": "party"}),
+        (BY_WHO, {"unit": "party"}),
+        # By another column they are other persons: one that numbers the rows would make each a person.
+        ({"unit": "group", "group_by": "row"}, BY_WHO),
+    ],
+)
+def test_what_hid_less_bounds_nothing_and_is_refused(
+    paid: dict[str, str], asked: dict[str, str], tmp_path: Path
+) -> None:
+    with pytest.raises(BudgetExhausted) as caught:
+        spent_on([charge(**BY_WHO), charge(**paid)], "rows:d", **asked)
+    assert (caught.value.code, caught.value.exit_code) == ("BUDGET_OTHER_UNIT", ExitCode.BUDGET)
+    budget(tmp_path, "run1").open_round(1, "i", replace(TERMS, **paid))
+    before = ledger(tmp_path).path.read_bytes()
+    with pytest.raises(BudgetExhausted, match="BUDGET_OTHER_UNIT"):
+        budget(tmp_path, "run2").open_round(1, "i", replace(TERMS, **asked))
+    assert ledger(tmp_path).path.read_bytes() == before
+
+
+def test_persons_of_other_data_are_free_and_a_party_has_only_itself() -> None:
+    charges = [charge(unit="example")]
+    assert spent_on(charges, "rows:other", **BY_WHO) == []
+    with pytest.raises(BudgetExhausted):
+        spent_on(charges, "rows:other", unit="party")
+    whole = charge(unit="party", data="of all")
+    assert spent_on([whole], "rows:other", **BY_WHO) == [whole.mechanism]
+
+
+@pytest.mark.parametrize(("paid", "asked"), [("e" * 64, "rows:d"), ("", "rows:d"), ("rows:d", "")])
+def test_where_the_rows_are_not_known_a_charge_counts_for_all(paid: str, asked: str) -> None:
+    found = charge(data=paid)
+    assert spent_on([found], asked, unit="example") == [found.mechanism]
+
+
+def test_a_ledger_from_before_the_digest_of_rows_is_read_and_counts_for_all_data(tmp_path: Path) -> None:
+    book = ledger(tmp_path)
+    body = asdict(charge(data="d" * 64))
+    del body["group_by"]
+    hash_ = hashlib.sha256(("0" * 64 + json.dumps(body, separators=(",", ":"), sort_keys=True) + "\n").encode())
+    book.path.parent.mkdir()
+    line = body | {"before": "0" * 64, "hash": hash_.hexdigest()}
+    book.path.write_text(json.dumps(line) + "\n")
+    own = budget(tmp_path, most=spent(10))
+    own.open_round(1, "i", TERMS)
+    assert own.spent_by_all(TERMS) == spent(10)
+    assert own.spent_by_all(replace(TERMS, data="rows:e")) == spent(5)
+    line = body | {"data": "rows:e", "before": "0" * 64, "hash": hash_.hexdigest()}
+    book.path.write_text(json.dumps(line) + "\n")
+    with pytest.raises(StateLost):
+        book.charges()

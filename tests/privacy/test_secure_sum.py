@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from sums import CONTEXT, STEPS, Sum, plain_sum, signatures, vectors_of
-from tiny import THOROUGH
+from tiny import THOROUGH, thorough
 
 from fedllm.errors import PayloadError, RunPaused
-from fedllm.privacy.secure_sum import Keys, Member, least_of
+from fedllm.privacy.secure_sum import LEAST_PARTIES, Keys, Member, least_of
 from fedllm.privacy.words import Words
 from fedllm.seeds import stream
 
@@ -60,15 +60,25 @@ def test_random_sums_with_drop_outs_equal_the_plain_ones(chunk: int) -> None:
         assert same(finished(sum_, vectors), plain_sum(vectors, inside)), (count, dropped)
 
 
-@pytest.mark.parametrize("step", STEPS[1:])
-@pytest.mark.parametrize("count", [3, 4, 5, 7, 12])
+def borne(count: int, step: str) -> int:
+    """Return how many of so many may drop out after a step. Who shows no keys does not count among those who began."""
+    fewest = LEAST_PARTIES if step == "keys" else least_of(count, threshold=None, fewest=0)
+    return count - fewest
+
+
+SIZES = [3, 4, 5, 7, 12, *(pytest.param(count, marks=thorough) for count in (20, 35, 50))]
+
+
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("count", SIZES)
 def test_every_number_of_drop_outs_at_every_step(count: int, step: str) -> None:
-    names, draw = names_of(count), stream(6, "steps", count, step)
-    least = least_of(count, threshold=None, fewest=0)
-    for gone in range(count - least + 2):
-        vectors, sum_ = vectors_of(names, draw), Sum(names, dict.fromkeys(names[:gone], step))
-        if gone <= count - least:
-            inside = names[gone:] if step in ("shares", "answer") else names
+    names, draw, signed = names_of(count), stream(6, "steps", count, step), signatures(names_of(count))
+    for gone in range(borne(count, step) + 2):
+        # Anybody may be gone, not only those at one end.
+        dropped = draw.permutation(names)[:gone].tolist()
+        vectors, sum_ = vectors_of(names, draw), Sum(names, dict.fromkeys(dropped, step), signed=signed)
+        if gone <= borne(count, step):
+            inside = names if step in ("agreement", "opening") else [name for name in names if name not in dropped]
             assert same(finished(sum_, vectors), plain_sum(vectors, inside))
             continue
         with pytest.raises(RunPaused) as caught:
@@ -153,30 +163,35 @@ def test_two_sums_of_the_same_vectors_have_no_mask_in_common() -> None:
     assert (seen[0] == seen[1]).mean() < 0.01
 
 
-SIZE = 200_000
+def seen_by_floats(update: np.ndarray, number: int) -> np.ndarray:
+    """Return an update behind a fresh real-valued mask that is uniform between -1 and 1, in units of that bound."""
+    return np.asarray(update + np.random.default_rng([10, number]).uniform(-1, 1, len(update)))
 
 
-def seen_by_floats(update: np.ndarray) -> np.ndarray:
-    """Return an update behind a real-valued mask that is uniform between -1 and 1, in units of that bound."""
-    return np.asarray(update + np.random.default_rng(10).uniform(-1, 1, SIZE))
-
-
-def seen_by_ours(update: np.ndarray) -> np.ndarray:
-    """Return an update as it leaves a party, in units of half the ring."""
-    sum_ = Sum(FIVE)
+def seen_by_ours(update: np.ndarray, number: int) -> np.ndarray:
+    """Return an update as it leaves a party of another sum, in units of half the ring."""
+    sum_ = Sum(FIVE[:3])
     sum_.prepare()
-    words = {"narrow": (update * 2**24).astype(np.int64).astype(np.uint32)}
+    words = {"narrow": (update * 2**31).astype(np.int64).astype(np.uint32)}
     sum_.members["north"].mask(words)
     return words["narrow"].view(np.int32) / 2**31
 
 
-def test_bounded_float_masks_give_updates_away_and_ours_do_not() -> None:
+def recovered(seen: list[np.ndarray]) -> np.ndarray:
+    """Return the likeliest update of one that was seen behind several masks between -1 and 1.
+
+    No mask is beyond its bound, so the update lies between the largest seen - 1 and the smallest seen + 1.
+    """
+    return np.asarray((np.max(seen, axis=0) + np.min(seen, axis=0)) / 2)
+
+
+def test_bounded_float_masks_give_signs_away_at_once_and_ours_do_not() -> None:
     # Source: algorithms of other frameworks, whose masks are bounded floats. What lies beyond the bound of the mask
     # shows the sign of the update, and settles which of two candidates it was.
-    update = np.random.default_rng(9).standard_normal(SIZE) * 0.01
-    candidate = update + np.random.default_rng(11).standard_normal(SIZE) * 1e-3
+    update = np.random.default_rng(9).standard_normal(200_000) * 0.01
+    candidate = update + np.random.default_rng(11).standard_normal(len(update)) * 1e-3
     for look, gives_away in ((seen_by_floats, True), (seen_by_ours, False)):
-        seen = look(update)
+        seen = look(update, 0)
         extreme = np.argsort(np.abs(seen))[-500:]
         right = float((np.sign(seen[extreme]) == np.sign(update[extreme])).mean())
         refuted = [int((np.abs(seen - guess) > 1).sum()) for guess in (update, candidate)]
@@ -184,6 +199,23 @@ def test_bounded_float_masks_give_updates_away_and_ours_do_not() -> None:
             assert right == 1 and refuted[0] == 0 and refuted[1] > 30
         else:
             assert abs(right - 0.5) < 0.12 and abs(refuted[0] - refuted[1]) < 6 * refuted[0] ** 0.5 + 6
+
+
+def test_updates_behind_bounded_float_masks_are_recovered_in_some_rounds_and_ours_are_not() -> None:
+    """A party that trains on the same data moves nearly the same way in every round, and each round has a new mask."""
+    draw = np.random.default_rng(12)
+    update = draw.standard_normal(2000) * 0.02
+    rounds = [update + draw.standard_normal(len(update)) * 0.002 for _ in range(300)]
+    for look, gives_away in ((seen_by_floats, True), (seen_by_ours, False)):
+        guess = recovered([look(moved, number) for number, moved in enumerate(rounds)])
+        # As a share of the update; who guesses zeros is wrong by 1.
+        error = float(np.linalg.norm(guess - update) / np.linalg.norm(update))
+        alike = float(np.corrcoef(guess, update)[0, 1])
+        if gives_away:
+            assert error < 0.4 and alike > 0.93
+        else:
+            # Of 2000 values that have nothing to do with each other: within six standard deviations.
+            assert error > 0.95 and abs(alike) < 6 / 2000**0.5
 
 
 # A server that lies.

@@ -139,6 +139,23 @@ def test_the_claim_holds_with_noise_and_is_refuted_without(
         assert max(row["auc"] - 3 * row["auc_error"] for row in found.membership) < 0.5
 
 
+@pytest.mark.parametrize("share", [1.0, 0.0])
+def test_members_are_not_told_with_noise_and_are_without(
+    share: float, make_federation: Callable[..., Any], one_key: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the trainer of private runs in both cases; the second clips and samples, and adds no noise."""
+    sizes = {"north": 20, "east": 20, "south": 20}
+    plan = MEMORISES | {"privacy.differential_privacy": NOISE | {"clip_norm": 10.0}}
+    tiny = make_federation(sizes=sizes, job=plan)
+    for party in sizes:
+        write_jsonl(tiny.folder / "data" / f"{party}-eval.jsonl", records(party, 60)[20:])
+    normals = PrivateRound.normals
+    monkeypatch.setattr(PrivateRound, "normals", lambda self, *words: share * normals(self, *words))
+    rows = audit_job(tiny.job(), canaries=20, texts=0, output=tiny.folder / "audited").membership
+    mean, error = np.mean([row["auc"] for row in rows]), np.mean([row["auc_error"] for row in rows]) / 3**0.5
+    assert mean < 0.5 + 2 * error if share else mean > 0.5 + 2 * error
+
+
 def test_an_audit_is_not_charged_to_the_sites_ledgers(make_federation: Callable[..., Any]) -> None:
     job = {"privacy.differential_privacy": NOISE | {"unit": "group"}, "data.group_by": "who"}
     job |= {"federation.num_rounds": 1}

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 from crashes import Crash, Disk, committed_once, go_on, lasting, share_the_base, some
-from tiny import TinyFederation
+from tiny import TinyFederation, records, write_jsonl
 
-from fedllm.errors import FedllmError, PolicyError, RunFailed, RunPaused, StateLost
+from fedllm.errors import FedllmError, PolicyError, RunFailed, RunPaused
 from fedllm.job.check import check_job
 from fedllm.job.policy import SUM_REQUESTS, check_operation
+from fedllm.privacy import secure_sum
+from fedllm.privacy.budget import PURSE_FOLDER
+from fedllm.runs.folder import run_identity
 from fedllm.runs.jsonl import read_rows
 from fedllm.runtime import sum_messages, sum_party
 from fedllm.runtime.federation import LinkedFederation
 from fedllm.runtime.run import Watch, resume
 from fedllm.scenarios.base import Reply
+from fedllm.scenarios.fedhomollm_messages import Evaluate, Train
 from fedllm.train.base import TrainSums, TrainTask
 from fedllm.train.supervised import SupervisedTrainer
 from fedllm.wire.payload import Payload
@@ -113,7 +118,7 @@ class Lying(LinkedFederation):
     """A server that asks for a sum's parts in the clear."""
 
     def total(self, request: Payload, *, round_: int, to: Any, manifest: Any, **options: Any) -> Any:
-        if request.private() and round_ == 1:
+        if isinstance(request, Train | Evaluate) and round_ == 1:
             answers: list[Reply] = list(self.ask(request, round_=round_, to=to))
             raise AssertionError(
                 {type(reply.payload).__name__: getattr(reply.payload, "code", "") for reply in answers}
@@ -172,12 +177,12 @@ def test_a_crash_at_touches_of_the_disk_changes_nothing_and_no_sum_has_two_sets_
         folder = f"crash{point}"
         with pytest.raises(Crash), disk.crashing_at(point):
             federation.run(folder)
-        before = books(federation.folder / folder)
+        before = books(federation.folder, federation.folder / folder)
         result = go_on(federation, folder)
         assert (result.status, result.adapter_sha256) == ("SUCCESS", expected.adapter_sha256), point
         committed_once(result.path, 3)
         assert lasting(result.rows()) == lasting(expected.rows()), point
-        after = books(result.path)
+        after = books(federation.folder, result.path)
         assert all(after[key] == value for key, value in before.items())
         assert len(after) == 4 * 7
         for key, value in after.items():
@@ -186,11 +191,20 @@ def test_a_crash_at_touches_of_the_disk_changes_nothing_and_no_sum_has_two_sets_
     assert all(len(values) == 1 for values in agreed.values())
 
 
-def books(run: Path) -> dict[tuple[str, str], str]:
-    found = {}
-    for file in run.glob("parties/*/sums.json"):
-        for key, value in json.loads(file.read_text()).items():
-            found[file.parent.name, key] = value
+def pages(folder: Path) -> list[Path]:
+    """Return the pages of the parties' books beside their files."""
+    return sorted((folder / "parties" / PURSE_FOLDER).glob("*.sums/*.json"))
+
+
+def books(folder: Path, run: Path) -> dict[tuple[str, str], str]:
+    """Return what each party opened in a run, by round and what was summed."""
+    run_id, found = run_identity(run)["run_id"] if (run / "run.json").exists() else "", {}
+    for page in pages(folder):
+        for row in json.loads(page.read_text()):
+            if row["run"] == run_id:
+                key = page.parent.stem, f"{row['round']}/{row['what']}"
+                assert key not in found
+                found[key] = json.dumps([row["asked"], row["parties"]])
     return found
 
 
@@ -213,7 +227,7 @@ def test_a_damaged_book_stops_a_party(make_federation: Make) -> None:
 
     def damage(number: int, rows: Any) -> None:
         if number == 1:
-            (federation.folder / "run" / "parties" / "north" / "sums.json").write_text("{")
+            next(page for page in pages(federation.folder) if page.parent.name == "north.sums").write_text("{")
         if number == 2:
             raise KeyboardInterrupt
 
@@ -295,13 +309,6 @@ def test_the_policy_names_the_steps_of_a_sum() -> None:
     assert {cls.__name__ for cls in sum_messages.SUM_REQUESTS} == set(SUM_REQUESTS)
 
 
-def test_a_book_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
-    (tmp_path / "sums.json").write_text("[1]")
-    sums = sum_party.PartySums("north", "", "", *[None] * 2, book=tmp_path / "sums.json")  # type: ignore[list-item]
-    with pytest.raises(StateLost):
-        sums._read()
-
-
 def test_a_sum_that_was_not_opened_binds_nobody_to_its_parties(
     make_federation: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -318,8 +325,70 @@ def test_a_sum_that_was_not_opened_binds_nobody_to_its_parties(
         federation.run()
     monkeypatch.setattr(sum_party.PartySums, "answer", agreed)
     # Two gave their shares, which open nothing; the other two are bound to nothing, and three of them are enough.
-    held = {key[0] for key in books(federation.folder / "run") if key[1] == "2/update"}
+    held = {key[0] for key in books(federation.folder, federation.folder / "run") if key[1] == "2/update"}
     assert held == {"north", "east"}
     with pytest.raises(RunPaused, match="COHORT_CHANGED"):
         resume(federation.folder / "run", trainer=Failing("south"))
     assert resume(federation.folder / "run").status == "SUCCESS"
+
+
+STEPS_OF_A_SUM = ("KeysShown", "SharesSealed", "SharesTaken", "Masked", "SumAgreed", "SumOpened")
+
+
+class Uncounted(Seen):
+    """A server that asks for losses on the common test set as if no party kept anything of its own."""
+
+    secure: ClassVar[bool] = False
+
+    def total(self, request: Payload, *, round_: int, to: Any, **options: Any) -> Any:
+        if not isinstance(request, Train) or round_ != 2:
+            return super().total(request, round_=round_, to=to, **options)
+        lie, every = Evaluate(adapter=dict(request.adapter), split="common", counted={}), self.parties
+        Seen.answers = []
+        if self.secure:
+            super().total(lie, round_=1, to=every, manifest={})
+        else:
+            list(self.ask(lie, round_=1, to=every))
+        raise AssertionError({type(payload).__name__: getattr(payload, "code", "") for _, payload in Seen.answers})
+
+
+@pytest.mark.parametrize(
+    ("rule", "secure", "expected"),
+    [
+        ("FedSA-LoRA", False, {"Failure": "SUM_IN_CLEAR"}),
+        ("FedSA-LoRA", True, dict.fromkeys(STEPS_OF_A_SUM, "")),
+        # Of a model that all have alike, the losses on the common test set are nobody's own.
+        ("FedIT", False, {"Summand": ""}),
+    ],
+)
+def test_what_is_private_follows_from_the_job_not_from_the_request(
+    rule: str, secure: bool, expected: dict[str, str], make_federation: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedllm.runtime.run.LinkedFederation", type("Lies", (Uncounted,), {"secure": secure}))
+    federation = made(
+        make_federation,
+        **{"federation.lora_rule": rule, "evaluate.test": "data/test.jsonl", "federation.eval_every": 2},
+    )
+    write_jsonl(federation.folder / "data" / "test.jsonl", records("test", 3))
+    with pytest.raises(AssertionError) as caught:
+        federation.run()
+    assert caught.value.args[0] == expected
+
+
+def test_a_party_whose_key_no_secret_can_be_agreed_with_is_named_and_left_out(
+    make_federation: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = secure_sum.Member.keys
+
+    def zero(self: secure_sum.Member) -> secure_sum.Keys:
+        keys = shown(self)
+        if self.name == "south":
+            keys = replace(keys, mask_key="00" * 32)
+            keys = replace(keys, signature=self.signatures.sign(keys.text(self.context, self.name)).hex())
+        return keys
+
+    monkeypatch.setattr(secure_sum.Member, "keys", zero)
+    result = made(make_federation).run()
+    failed = [row for row in read_rows(result.path / "events.jsonl") if row["event"] == "party_failed"]
+    assert {(row["party"], row["code"]) for row in failed} == {("south", "SUM_REFUSED")}
+    assert result.status == "PARTIAL"

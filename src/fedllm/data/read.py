@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from fedllm.data.files import Place, Record
 from fedllm.data.formats import BadRecord, ColumnMap, Example, closest_layout, show_columns
+from fedllm.data.rows import row_hash, rows_digest
 from fedllm.data.settings import DataSettings, DataSource, local_path
 from fedllm.data.sources import read_records
 from fedllm.errors import DataError, nearest
@@ -37,6 +39,7 @@ class Scan:
         columns: Columns found.
         unused: Columns that the layout does not use.
         num_records: Records seen, the broken ones included.
+        digest: Of the raw rows of the examples, from `rows_digest`.
     """
 
     layout: str
@@ -47,14 +50,19 @@ class Scan:
     columns: tuple[str, ...]
     unused: tuple[str, ...]
     num_records: int
+    digest: str
 
 
 @dataclass(frozen=True)
 class PartyData:
-    """What a party trains on and what it evaluates on."""
+    """What a party trains on and what it evaluates on.
+
+    `digest` is of all raw rows of its training data, before any are held out: nothing that a job says changes it.
+    """
 
     train: tuple[Example, ...]
     held_out: tuple[Example, ...]
+    digest: str
 
 
 def read_examples(
@@ -80,12 +88,8 @@ def read_examples(
         DataError: The source cannot be used as it is: `DATA_NOT_FOUND`, `DATA_FORMAT_UNKNOWN`,
             `DATA_COLUMN_MISSING`, `DATA_BROKEN_LINE` or `DATA_EMPTY`.
     """
-    settings = settings or DataSettings()
-    column_map = ColumnMap(format, dict(columns or {}), settings.dataset_text_field, settings.task, settings.group_by)
-    scan = scan_source(source, base_dir=base_dir, split=split, column_map=column_map)
-    if scan.refusals:
-        raise scan.refusals[0]
-    return scan.examples
+    column_map = _column_map(format, columns or {}, settings or DataSettings())
+    return _usable(source, split, base_dir=base_dir, column_map=column_map).examples
 
 
 def read_party_data(source: DataSource, *, base_dir: Path, settings: DataSettings, seed: int, party: str) -> PartyData:
@@ -102,20 +106,14 @@ def read_party_data(source: DataSource, *, base_dir: Path, settings: DataSetting
         DataError: As `read_examples` and `split_held_out`.
     """
 
-    def read(name: str, split: str | None) -> tuple[Example, ...]:
-        return read_examples(
-            name,
-            base_dir=base_dir,
-            split=split,
-            format=source.format,
-            columns=source.columns,
-            settings=settings,
-        )
-
-    train = read(source.train, source.train_split)
+    column_map = _column_map(source.format, source.columns, settings)
+    read = partial(_usable, base_dir=base_dir, column_map=column_map)
+    found = read(source.train, source.train_split)
     if source.eval is None and source.eval_split is None:
-        return PartyData(*split_held_out(train, source.eval_share, seed=seed, party=party))
-    return PartyData(train, read(source.eval or source.train, source.eval_split))
+        train, held_out = split_held_out(found.examples, source.eval_share, seed=seed, party=party)
+    else:
+        train, held_out = found.examples, read(source.eval or source.train, source.eval_split).examples
+    return PartyData(train, held_out, found.digest)
 
 
 def split_held_out(
@@ -183,13 +181,15 @@ def scan_source(source: str, *, base_dir: Path, split: str | None, column_map: C
     problems = [Problem(record.place, record.problem) for record in records if record.problem]
     if not records:
         empty = DataError("DATA_EMPTY", "there is no example in it", where=where, fix="name the data you meant")
-        return Scan("", (), (), (), (empty,), (), (), 0)
+        return Scan("", (), (), (), (empty,), (), (), 0, "")
     layout, refusal = _layout_of(readable, columns, column_map, where)
-    examples, places = [], []
+    examples, places, hashes = [], [], []
     for record in readable if layout else ():
         try:
-            examples.append(column_map.example(layout, record.fields))
+            example, hash_ = column_map.example(layout, record.fields), row_hash(record.fields)
+            examples.append(example)
             places.append(record.place)
+            hashes.append(hash_)
         except BadRecord as bad:
             problems.append(Problem(record.place, str(bad)))
     return Scan(
@@ -201,7 +201,20 @@ def scan_source(source: str, *, base_dir: Path, split: str | None, column_map: C
         columns=columns,
         unused=tuple(name for name in columns if layout and name not in column_map.used(layout)),
         num_records=len(records),
+        digest=rows_digest(hashes),
     )
+
+
+def _column_map(format_: str, columns: Mapping[str, str], settings: DataSettings) -> ColumnMap:
+    return ColumnMap(format_, dict(columns), settings.dataset_text_field, settings.task, settings.group_by)
+
+
+def _usable(source: str, split: str | None, *, base_dir: Path, column_map: ColumnMap) -> Scan:
+    """Return what a pass over a source finds, where training would not refuse it."""
+    scan = scan_source(source, base_dir=base_dir, split=split, column_map=column_map)
+    if scan.refusals:
+        raise scan.refusals[0]
+    return scan
 
 
 def _refusals(refusal: DataError | None, problems: list[Problem], num_records: int) -> tuple[DataError, ...]:

@@ -79,12 +79,13 @@ class Budget:
             terms: What the job asks.
 
         Raises:
-            BudgetExhausted: `BUDGET_EXHAUSTED`, nothing was charged and nothing was drawn.
+            BudgetExhausted: `BUDGET_EXHAUSTED` or `BUDGET_OTHER_UNIT`; nothing was charged and nothing was drawn.
             StateLost: `LEDGER_BROKEN`.
         """
         key = noise_key(self._folder / "noise.key")
         rate, noise, steps = terms.round.sampling_rate, terms.round.noise_multiplier, terms.round.steps
-        charge = Charge(terms.data, terms.unit, self._run, number, inputs, key_name(key), rate, noise, steps)
+        column = terms.group_by
+        charge = Charge(terms.data, terms.unit, self._run, number, inputs, key_name(key), rate, noise, steps, column)
         check = partial(self._check, number=number, terms=terms)
         before = self._ledger.head()
         head = self._ledger.add(charge, seen=self._seen_heads(), check=check)
@@ -106,13 +107,16 @@ class Budget:
 
         Args:
             terms: What the job asks.
+
+        Raises:
+            BudgetExhausted: `BUDGET_OTHER_UNIT`.
         """
-        return self._epsilon(spent_on(self._charges(), terms.data), terms)
+        return self._epsilon(_by_all(self._charges(), terms), terms)
 
     def _check(self, charges: list[Charge], number: int, terms: Terms) -> None:
         limits = (
             (terms.epsilon, self._of_run(charges), "this run, `privacy.differential_privacy.epsilon`"),
-            (self._purse.max_epsilon, spent_on(charges, terms.data), "all runs on the same data, `limits.max_epsilon`"),
+            (self._purse.max_epsilon, _by_all(charges, terms), "all runs on the same data, `limits.max_epsilon`"),
         )
         for most, mechanisms, whose in limits:
             if most is not None and (spent := self._epsilon(mechanisms, terms)) > most * (1 + _SLACK):
@@ -135,3 +139,7 @@ class Budget:
 
     def _epsilon(self, mechanisms: Sequence[Mechanism], terms: Terms) -> float:
         return epsilon_of(mechanisms, delta=terms.delta, accountant=terms.accountant)
+
+
+def _by_all(charges: Sequence[Charge], terms: Terms) -> list[Mechanism]:
+    return spent_on(charges, terms.data, unit=terms.unit, group_by=terms.group_by)

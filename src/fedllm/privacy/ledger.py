@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from fedllm.data.tokens import TokenisedExample
+from fedllm.data.rows import DIGEST_KIND
 from fedllm.disk import hold, make_private, write_atomic
-from fedllm.errors import StateLost
+from fedllm.errors import BudgetExhausted, StateLost
 from fedllm.privacy.accountant import Mechanism
 
 _FIRST = "0" * 64
 _PATIENCE_S = 60.0
+# What hides one of these hides all before it: a person's records are among a party's.
+_UNITS = ("example", "group", "party")
 
 
 @dataclass(frozen=True)
@@ -27,8 +29,8 @@ class Charge:
     """One round's noisy sums over a party's data.
 
     Args:
-        data: Digest of the training examples.
-        unit: Whose traces are hidden: `example` or `group`.
+        data: Digest of the raw rows of the party's data.
+        unit: Whose traces are hidden: `example`, `group` or `party`.
         run: The run.
         round: The round.
         inputs: Digest of all that the round starts from.
@@ -36,6 +38,7 @@ class Charge:
         sampling_rate: As in `Mechanism`.
         noise_multiplier: As in `Mechanism`.
         steps: As in `Mechanism`.
+        group_by: Column that named the person, where the unit is `group`; else empty.
     """
 
     data: str
@@ -47,24 +50,12 @@ class Charge:
     sampling_rate: float
     noise_multiplier: float
     steps: int
+    group_by: str = ""
 
     @property
     def mechanism(self) -> Mechanism:
         """What was done to the data."""
         return Mechanism(self.sampling_rate, self.noise_multiplier, self.steps)
-
-
-def data_digest(examples: Iterable[TokenisedExample]) -> str:
-    """Return the SHA-256 of training examples, whatever their order.
-
-    Args:
-        examples: A party's.
-    """
-    each = sorted(
-        hashlib.sha256(repr((example.input_ids, example.loss_mask, example.label)).encode()).digest()
-        for example in examples
-    )
-    return hashlib.sha256(b"".join(each)).hexdigest()
 
 
 class Ledger:
@@ -147,7 +138,7 @@ class Ledger:
         for number, line in enumerate(lines, start=1):
             try:
                 row = json.loads(line)
-                body = {field.name: row[field.name] for field in fields(Charge)}
+                body = _body(row)
                 whole = row == body | {"before": chain[-1] if chain else _FIRST, "hash": _hash(row["before"], body)}
             except (ValueError, KeyError, TypeError):
                 whole = False
@@ -158,14 +149,56 @@ class Ledger:
         return charges, chain
 
 
-def spent_on(charges: Sequence[Charge], data: str) -> list[Mechanism]:
-    """Return what was done to a party's data, over all runs.
+def spent_on(charges: Sequence[Charge], data: str, *, unit: str, group_by: str = "") -> list[Mechanism]:
+    """Return what was done to a unit of a party's data, over all runs.
+
+    What hid a person hid each of its records as well, and what hid the party hid both. The other way round nothing is
+    known: how many records a person has is not in the ledger.
 
     Args:
         charges: Of the ledger.
         data: Digest of the data.
+        unit: Whose traces are to be hidden.
+        group_by: Column that names the person, where the unit is `group`.
+
+    Raises:
+        BudgetExhausted: `BUDGET_OTHER_UNIT`.
     """
-    return [charge.mechanism for charge in charges if charge.data == data]
+    found = [charge for charge in charges if _may_be_of(charge, data, unit)]
+    other = next((charge for charge in found if not _hides(charge, unit, group_by)), None)
+    if other is None:
+        return [charge.mechanism for charge in found]
+    raise BudgetExhausted(
+        "BUDGET_OTHER_UNIT",
+        f"run {other.run} has trained on the same data and hid {_named(other.unit, other.group_by)}; what that has "
+        f"told of {_named(unit, group_by)} is not known",
+        where=f"round {other.round} of that run",
+        fix=f"hide {_named(other.unit, other.group_by)} here too, or train on data that it did not have",
+    )
+
+
+def _may_be_of(charge: Charge, data: str, unit: str) -> bool:
+    """Return whether a charge may be for rows of some data; what cannot be told counts."""
+    is_known = charge.data.startswith(DIGEST_KIND) and data.startswith(DIGEST_KIND)
+    return charge.data == data or "party" in (charge.unit, unit) or not is_known
+
+
+def _hides(charge: Charge, unit: str, group_by: str) -> bool:
+    """Return whether a charge bounds what is known of a unit."""
+    if charge.unit == unit:
+        return charge.group_by == group_by
+    return _UNITS.index(charge.unit) > _UNITS.index(unit)
+
+
+def _named(unit: str, group_by: str) -> str:
+    persons = "all examples of a person" + (f" (column {group_by!r})" if group_by else "")
+    return {"example": "single examples", "group": persons, "party": "the whole party"}[unit]
+
+
+def _body(row: dict[str, Any]) -> dict[str, Any]:
+    """Return what a line says of its charge; a field that came later may be missing in an old one."""
+    known = (field for field in fields(Charge) if field.name in row or field.default is MISSING)
+    return {field.name: row[field.name] for field in known}
 
 
 def _line(row: dict[str, Any]) -> bytes:

@@ -32,6 +32,8 @@ from fedllm.privacy.words import Words, apply
 
 LEAST_PARTIES = 3
 _KEY_BYTES = 32
+# Of Curve25519 (RFC 7748).
+_FIELD = 2**255 - 19
 # Each share is used for one message only, under a key of its own.
 _NONCE = bytes(12)
 # Ways to choose t shares that are tried when a wrong one is among them.
@@ -57,6 +59,15 @@ class Keys:
             name: The party.
         """
         return _text("keys", context, name, self.mask_key, self.seal_key, self.seed_digest)
+
+    @property
+    def can_agree(self) -> bool:
+        """Whether a secret can be agreed with both keys.
+
+        With a point of low order, such as zero, the exchange fails whatever the other key is. A second way to write
+        the same point would pass for another key.
+        """
+        return all(_can_agree(key) for key in (self.mask_key, self.seal_key))
 
 
 @dataclass(frozen=True)
@@ -100,6 +111,14 @@ def _derived(secret: bytes, *info: object) -> bytes:
 
 def _agreed(own: X25519PrivateKey, other: str) -> bytes:
     return own.exchange(X25519PublicKey.from_public_bytes(bytes.fromhex(other)))
+
+
+def _can_agree(key: str) -> bool:
+    try:
+        _agreed(X25519PrivateKey.generate(), key)
+    except ValueError:
+        return False
+    return int.from_bytes(bytes.fromhex(key), "little") < _FIELD
 
 
 def _public(key: X25519PrivateKey) -> str:
@@ -213,10 +232,10 @@ class Member:
             raise _refused(f"{name[:64]!r} is no party of the job", self.name)
         try:
             self.signatures.verify(name, keys.text(self.context, name), bytes.fromhex(keys.signature))
-            for key in (keys.mask_key, keys.seal_key):
-                X25519PublicKey.from_public_bytes(bytes.fromhex(key))
         except (FedllmError, ValueError):
             raise _refused(f"the keys of {name} are not signed by it", self.name) from None
+        if not keys.can_agree:
+            raise _refused(f"{name} shows a key with which no secret can be agreed", self.name)
 
     def _box(self, sender: str, recipient: str, other: str) -> ChaCha20Poly1305:
         secret = _agreed(self._seal_key, self._keys[other].seal_key)

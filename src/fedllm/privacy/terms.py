@@ -15,11 +15,12 @@ class Terms:
 
     Args:
         unit: Whose traces are hidden.
-        data: Digest of the training examples.
+        data: Digest of the raw rows of the party's data.
         round: The noisy sums of one round.
         delta: Chance that epsilon does not hold.
         accountant: Who adds up.
         epsilon: The most that this run may spend; None is no limit.
+        group_by: Column that names the person, where the unit is `group`; else empty.
     """
 
     unit: str
@@ -28,6 +29,7 @@ class Terms:
     delta: float
     accountant: AccountantName
     epsilon: float | None
+    group_by: str = ""
 
 
 def run_mechanism(

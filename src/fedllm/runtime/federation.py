@@ -75,7 +75,7 @@ class LinkedFederation:
         One answer's tensors are read at a time, one by one, wherever they lie. Where the job says so, what is private
         to a party arrives masked.
         """
-        if self.sums and request.private():
+        if self.sums and self.sums.private(request):
             sum_ = SecureTotal(self._asked, self.sums, self._job_digest, self._run_id, round_)
             return self._securely(sum_, request, to, Answers(manifest, decode))
         grid, inside, failures = GridSum(), [], dict[str, str]()

@@ -228,7 +228,7 @@ class PartyHost:
             return Done()
         if self.sums and isinstance(request, SUM_REQUESTS):
             return self.sums.answer(request, round_)
-        what = request.private() if self.sums else ""
+        what = self.sums.terms.private(request) if self.sums else ""
         if self.sums and what:
             self.sums.check_ready(what, frame)
         try:

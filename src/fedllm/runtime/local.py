@@ -8,7 +8,7 @@ from functools import partial
 from fedllm.runs.folder import RunFolder
 from fedllm.runtime.base import Link, Wanted
 from fedllm.runtime.host import PartyHost
-from fedllm.runtime.opening import open_host, trainer_for
+from fedllm.runtime.opening import open_host, purse_of, trainer_for
 from fedllm.runtime.package_party import package_desk
 from fedllm.runtime.party_data import check_data_unchanged
 from fedllm.runtime.site import Site
@@ -80,7 +80,9 @@ def local_hosts(
     }
     if signatures is None:
         make_sum_keys(site.job, run)
+    signatures = signatures or partial(local_signatures, run)
     for party, host in hosts.items():
-        host.sums = sums_of(site.job, run, party, signatures or partial(local_signatures, run))
-        host.package = package_desk(site, run, party, signatures or partial(local_signatures, run))
+        purse = purse_of(site, party, run)
+        host.sums = sums_of(site.job, run, party, signatures=signatures, purse=purse)
+        host.package = package_desk(site, run, party, signatures)
     return hosts

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from fedllm.data.tokens import TokenisedExample
 from fedllm.job.job import Job
 from fedllm.privacy.accountant import Mechanism, accountant_name, epsilon_of
 from fedllm.privacy.budget import PURSE_FOLDER, Budget, Purse
-from fedllm.privacy.ledger import data_digest, spent_on
+from fedllm.privacy.ledger import spent_on
 from fedllm.privacy.party_level import noise_to_signal
 from fedllm.privacy.terms import run_epsilon, run_mechanism
 from fedllm.runs.folder import RunFolder
+from fedllm.scenarios.base import TokenData
 
 # Noise so many times as long as what is learned from leaves nothing of it.
 _DROWNED = 10.0
@@ -70,24 +69,27 @@ class NoiseAt:
         return f"{text}, ABOVE the {self.max_epsilon:g} that the site allows: the run will stop before its end"
 
 
-def with_earlier(found: NoiseAt, job: Job, purse: Purse, examples: Sequence[TokenisedExample]) -> NoiseAt:
+def with_earlier(found: NoiseAt, job: Job, purse: Purse, data: TokenData) -> NoiseAt:
     """Return the same with what earlier runs have spent on the same data, where the party spends it.
 
     Args:
         found: From `noise_at`.
         job: The job.
         purse: The site's.
-        examples: The party's training examples.
+        data: The party's.
 
     Raises:
+        BudgetExhausted: `BUDGET_OTHER_UNIT`.
         StateLost: `LEDGER_BROKEN`.
     """
-    if not job.privacy.differential_privacy.is_local:
+    asked = job.privacy.differential_privacy
+    if not asked.is_local:
         return found
-    _, delta, accountant = job.privacy.differential_privacy.limits
-    steps = steps_per_round(job, len(examples)) * job.federation.num_rounds
+    _, delta, accountant = asked.limits
+    steps = steps_per_round(job, len(data.train)) * job.federation.num_rounds
     run = Mechanism(found.sampling_rate, found.noise_multiplier, steps)
-    earlier = spent_on(purse.ledger(found.party).charges(), data_digest(examples))
+    charges = purse.ledger(found.party).charges()
+    earlier = spent_on(charges, data.digest, unit=asked.unit, group_by=job.data.group_by or "")
     epsilon = epsilon_of([*earlier, run], delta=delta, accountant=accountant)
     return replace(found, with_earlier=epsilon, max_epsilon=purse.max_epsilon)
 

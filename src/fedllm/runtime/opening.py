@@ -64,12 +64,23 @@ def _pull(site: Site, party: str, run: RunFolder) -> Correction | None:
     )
 
 
+def purse_of(site: Site, name: str, run: RunFolder) -> Purse:
+    """Return where a party keeps what outlives a run: what was spent of its privacy, and the sums that it opened.
+
+    Args:
+        site: The party's site.
+        name: The party.
+        run: The run folder, beside which it is where the site does not say.
+    """
+    return site.purses.get(name) or Purse(run.path.parent / PURSE_FOLDER)
+
+
 def _budget(site: Site, name: str, run: RunFolder) -> Budget | None:
     """Return what pays for a party's rounds with noise of its own; None where it adds none."""
     asked = site.job.privacy.differential_privacy
     if not asked.is_local and asked.placement != "distributed":
         return None
-    purse, own = site.purses.get(name) or Purse(run.path.parent / PURSE_FOLDER), run.path / "parties" / name
+    purse, own = purse_of(site, name, run), run.path / "parties" / name
     return Budget(purse, party=name, run_id=run.run_id, folder=own, trained=run.party_states(name).present())
 
 

@@ -92,7 +92,7 @@ def make_plan(job: Job, parties: list[LocatedParty], facts: Facts) -> Plan:
         party_memory_bytes=per_party,
         who_learns_what=job.table_line().who_learns_what(job.federation, job.privacy),
         noise=tuple(
-            with_earlier(found, job, site.purses[found.party], data[found.party].train)
+            with_earlier(found, job, site.purses[found.party], data[found.party])
             for party in facts.parties
             if party.party in job.trainers
             if (found := foreseen_noise(job, party, facts.skeleton.num_trainable()))

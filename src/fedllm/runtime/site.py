@@ -323,4 +323,4 @@ def party_tokens(site: Site, located: LocatedParty, *, read: PartyData | None = 
     read = read or party_examples(job, located)
     train, _ = tokens_of(read.train, tokenizer, job, where=where)
     held_out, _ = tokens_of(read.held_out, tokenizer, job, where=f"{where}, held-out examples")
-    return TokenData(train, held_out, site.common)
+    return TokenData(train, held_out, site.common, read.digest)

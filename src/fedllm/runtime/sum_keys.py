@@ -13,9 +13,11 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from fedllm.disk import make_private
 from fedllm.errors import SenderRefused
 from fedllm.job.job import Job
+from fedllm.privacy.budget import Purse
 from fedllm.privacy.secure_sum import Signatures, least_of
 from fedllm.runs.folder import RunFolder
 from fedllm.runs.jsonl import write_json
+from fedllm.runtime.sum_book import SumBook
 from fedllm.runtime.sum_layout import Layout
 from fedllm.runtime.sum_party import PartySums, SumTerms
 
@@ -37,10 +39,12 @@ def terms_of(job: Job) -> SumTerms | None:
     fewest = max(job.federation.min_parties, least_of(cohort, threshold=threshold, fewest=0))
     least = partial(least_of, threshold=threshold, fewest=fewest)
     equal = getattr(job.federation, "weight_by", None) == "equal"
-    return SumTerms(parties, least, Layout(len(parties), 1 if equal else settings.max_weight))
+    layout = Layout(len(parties), 1 if equal else settings.max_weight)
+    private = partial(job.table_line().private, job.federation)
+    return SumTerms(parties, least, layout, job.federation.num_rounds, private)
 
 
-def sums_of(job: Job, run: RunFolder, party: str, signatures: SignaturesOf) -> PartySums | None:
+def sums_of(job: Job, run: RunFolder, party: str, *, signatures: SignaturesOf, purse: Purse) -> PartySums | None:
     """Return a party's part in the secure sums of a run, or None where the job has none.
 
     Args:
@@ -48,11 +52,12 @@ def sums_of(job: Job, run: RunFolder, party: str, signatures: SignaturesOf) -> P
         run: The run folder.
         party: The party.
         signatures: Party -> how it signs and verifies.
+        purse: Where the party keeps what outlives a run: the book of the sums that it opened.
     """
     terms = terms_of(job)
     if terms is None or party not in terms.parties:
         return None
-    book = run.path / "parties" / party / "sums.json"
+    book = SumBook(purse.folder / f"{party}.sums", party)
     return PartySums(party, run.job_digest, run.run_id, terms, signatures(party), book)
 
 

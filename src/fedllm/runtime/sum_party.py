@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from fedllm.errors import PayloadError, StateLost
+from fedllm.errors import PayloadError
 from fedllm.privacy.secure_sum import Member, Signatures
-from fedllm.runs.jsonl import write_json
+from fedllm.runtime.sum_book import Opened, SumBook
 from fedllm.runtime.sum_layout import Layout
 from fedllm.runtime.sum_messages import (
     AgreeSum,
@@ -41,11 +40,15 @@ class SumTerms:
         parties: The parties of the job.
         least: Number of parties that begin a sum -> how many must stay.
         layout: In which integers is summed.
+        num_rounds: The last round.
+        private: Request -> the name of what its answers add up to, where none may be seen by itself; else empty.
     """
 
     parties: tuple[str, ...]
     least: Callable[[int], int]
     layout: Layout
+    num_rounds: int
+    private: Callable[[Payload], str]
 
 
 @dataclass
@@ -58,7 +61,7 @@ class PartySums:
         run_id: The run.
         terms: The job's.
         signatures: How the party signs, and verifies the others.
-        book: A file that keeps what was opened, so that no sum is opened again for others.
+        book: Keeps what was opened in all runs, so that no sum is opened again for others.
     """
 
     party: str
@@ -66,11 +69,11 @@ class PartySums:
     run_id: str
     terms: SumTerms
     signatures: Signatures = field(repr=False)
-    book: Path
+    book: SumBook
     _member: Member | None = None
     _context: bytes = b""
-    _asked: str = ""
-    _agreed: str = ""
+    _asked: tuple[str, str] = ("", "")
+    _agreed: Opened | None = None
 
     def answer(self, request: Payload, round_: int) -> Payload:
         """Return the answer to one step of a sum.
@@ -81,6 +84,7 @@ class PartySums:
 
         Raises:
             PayloadError: `SUM_REFUSED` or `COHORT_CHANGED`.
+            StateLost: `STATE_CORRUPT`.
         """
         if isinstance(request, ShowKeys):
             return self._begin(request, round_)
@@ -92,19 +96,36 @@ class PartySums:
                 member.take(request.sealed)
                 return SharesTaken()
             case AgreeSum():
-                self._check_book(request, round_)
-                self._agreed = _agreement_digest(self._asked, request.survivors)
-                return SumAgreed(signature=member.agree(request.survivors, self._asked).hex())
+                return self._agree(member, request, round_)
             case OpenSum():
-                signed = {name: bytes.fromhex(text) for name, text in request.signatures.items()}
-                opening = member.open(signed)
-                self._member = None
-                # Before the shares leave. Without them nothing is opened, and nothing need be remembered.
-                self._note(request.what, round_)
-                return SumOpened(seeds=opening.seeds, keys=opening.keys)
+                return self._open(member, request)
         raise PayloadError("PAYLOAD_REFUSED", f"{type(request).__name__} is no step of a sum", where=self.party)
 
+    def _agree(self, member: Member, request: AgreeSum, round_: int) -> SumAgreed:
+        inside = tuple(sorted(request.survivors))
+        agreed = Opened(self.run_id, round_, request.what, *self._asked, inside)
+        self.book.check(self.job_digest, agreed)
+        signature = member.agree(request.survivors, agreed.asked)
+        # Not before: a second list, which is refused, must not be noted in place of the one that is opened.
+        self._agreed = agreed
+        return SumAgreed(signature=signature.hex())
+
+    def _open(self, member: Member, request: OpenSum) -> SumOpened:
+        opening = member.open({name: bytes.fromhex(text) for name, text in request.signatures.items()})
+        self._member = None
+        assert self._agreed is not None  # noqa: S101
+        # Before the shares leave. Without them nothing is opened, and nothing need be remembered.
+        self.book.note(self.job_digest, self._agreed)
+        return SumOpened(seeds=opening.seeds, keys=opening.keys)
+
     def _begin(self, request: ShowKeys, round_: int) -> KeysShown:
+        if round_ > self.terms.num_rounds:
+            raise PayloadError(
+                "SUM_REFUSED",
+                f"a sum of `{request.what}` in round {round_}, and the job has {self.terms.num_rounds}",
+                where=self.party,
+                fix="nothing left; the server asks for more than the job says",
+            )
         self._context = context_of(self.job_digest, self.run_id, round_, request.what)
         terms = self.terms
         self._member = Member(self.party, self._context, terms.parties, terms.least, self.signatures)
@@ -139,7 +160,7 @@ class PartySums:
                 where=f"party {self.party}, round {number}",
                 fix="nothing left; the server has to begin a secure sum first",
             )
-        self._asked = digest_of(frame)
+        self._asked = digest_of(frame), frame.blob_digest
 
     def masked(self, answer: Payload) -> Masked:
         """Return an answer, masked.
@@ -156,41 +177,6 @@ class PartySums:
         words = self.terms.layout.words(answer, manifest, party=self.party)
         self._member.mask(words)
         return self.terms.layout.masked(words, manifest, tuple(answer.counts))
-
-    def _check_book(self, request: AgreeSum, round_: int) -> None:
-        """Raise where this sum was opened before for other parties, or of something else.
-
-        What a party sends follows from what it is asked. If the server could have a sum opened for these parties, and
-        again for all but one, it would know that one's part.
-        """
-        agreed = _agreement_digest(self._asked, request.survivors)
-        if self._read().get(f"{round_}/{request.what}", agreed) != agreed:
-            raise PayloadError(
-                "COHORT_CHANGED",
-                f"the sum of `{request.what}` of round {round_} was opened for other parties, or of another request",
-                where=self.party,
-                fix="have the same parties take part; if one is gone for good, start a new run",
-            )
-
-    def _note(self, what: str, round_: int) -> None:
-        write_json(self.book, self._read() | {f"{round_}/{what}": self._agreed})
-
-    def _read(self) -> dict[str, str]:
-        if not self.book.exists():
-            return {}
-        try:
-            return {str(key): str(value) for key, value in json.loads(self.book.read_text(encoding="utf-8")).items()}
-        except (OSError, ValueError, AttributeError):
-            raise StateLost(
-                "STATE_CORRUPT",
-                "the file that keeps sums from being opened twice cannot be read",
-                where=str(self.book),
-                fix="restore it from a backup, or start a new run",
-            ) from None
-
-
-def _agreement_digest(asked: str, survivors: Sequence[str]) -> str:
-    return hashlib.sha256(json.dumps([asked, sorted(survivors)]).encode()).hexdigest()
 
 
 def digest_of(frame: Frame) -> str:

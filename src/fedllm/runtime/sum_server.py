@@ -78,7 +78,7 @@ class SecureTotal:
             raise RunPaused(error.code, what, where=f"round {self.round_}", fix=error.fix) from None
 
     def _summed(self, request: Payload, to: Sequence[str], answers: Answers) -> Total:
-        what = request.private()
+        what = self.terms.private(request)
         sum_ = Combiner(context_of(self.job_digest, self.run_id, self.round_, what), self.terms.least)
         taken = self._begin(sum_, what, to)
         names = self._gather(sum_, request, taken, answers)
@@ -93,7 +93,10 @@ class SecureTotal:
     def _begin(self, sum_: Combiner, what: str, to: Sequence[str]) -> list[str]:
         """Return the parties that have keys and the others' shares, and can mask their answers now."""
         for party, keys in self._each(ShowKeys(what=what), to, KeysShown):
-            sum_.keys[party] = keys.keys.keys()
+            if (found := keys.keys.keys()).can_agree:
+                sum_.keys[party] = found
+            else:
+                self.failures[party] = "SUM_REFUSED"
         sum_.need(list(sum_.keys), f"of {len(to)} began")
         request = SealShares(what=what, keys={name: shown(keys) for name, keys in sum_.keys.items()})
         for party, shares in self._each(request, self._in_order(to, sum_.keys), SharesSealed):

@@ -210,11 +210,16 @@ class ServerHalf(Protocol):
 
 @dataclass(frozen=True)
 class TokenData:
-    """A party's examples as tokens; `common` is the job's common test set, the same everywhere."""
+    """A party's examples as tokens; `common` is the job's common test set, the same everywhere.
+
+    `digest` is of the raw rows that the party trains on and holds out of, from `fedllm.data.rows`; empty where they are
+    not known.
+    """
 
     train: Sequence[TokenisedExample]
     held_out: Sequence[TokenisedExample]
     common: Sequence[TokenisedExample]
+    digest: str = ""
 
 
 @dataclass(frozen=True)
@@ -276,7 +281,8 @@ class Scenario:
     """One line of the table of scenarios.
 
     `clashes(settings, train, peft, privacy, parties)` yields what cannot be asked together, as (key, what, fix).
-    `who_learns_what(settings, privacy)` says it in sentences.
+    `who_learns_what(settings, privacy)` says it in sentences. `private(settings, request)` names what a request's
+    answers add up to where none may be seen by itself, and is empty else; a party goes by its own job there.
     `answer(settings, manifest, round, party)` says what a party's answer to a round of training holds, for an adapter
     of these tensors. No round differs from the one two rounds before. `unused(settings)` names requests that a job with
     these settings does not make, and `grown(settings, manifest, round, parties)` says by how many bytes a request is
@@ -295,6 +301,7 @@ class Scenario:
     clashes: Callable[[Any, TrainSettings, PeftSettings, PrivacySettings, Sequence[str]], Iterable[Clash]]
     answer: Callable[[Any, Manifest, int, str], Manifest]
     who_learns_what: Callable[[Any, PrivacySettings], tuple[str, ...]]
+    private: Callable[[Any, Payload], str]
     unused: Callable[[Any], tuple[type[Payload], ...]] = lambda settings: ()
     grown: Callable[[Any, Manifest, int, Sequence[str]], int] = lambda settings, manifest, round_, parties: 0
     beside: Callable[[Any, TunableModel], Manifest] = lambda settings, model: {}

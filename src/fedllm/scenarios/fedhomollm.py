@@ -56,6 +56,7 @@ from fedllm.scenarios.fedhomollm_messages import (
     Split,
     Train,
     prefixed,
+    private,
     select,
 )
 from fedllm.scenarios.fedhomollm_party_unit import ServerNoise, first_clip
@@ -66,6 +67,11 @@ from fedllm.seeds import stream
 from fedllm.wire.codecs import CodecSettings
 from fedllm.wire.patch import DownSettings
 from fedllm.wire.payload import Manifest, Payload, Tensors, manifest_of
+
+_BUDGET_FIXES = {
+    "BUDGET_EXHAUSTED": "run fewer rounds or with a smaller epsilon, or ask the site for a larger `limits.max_epsilon`",
+    "BUDGET_OTHER_UNIT": "hide the unit that earlier runs on the party's data hid; its own log says which",
+}
 
 
 @dataclass(frozen=True)
@@ -257,9 +263,9 @@ class Server:
         else:
             return
         failed = ", ".join(f"{party}: {code}" for party, code in sorted(total.failures.items()))
-        if "BUDGET_EXHAUSTED" in total.failures.values():
-            fix = "run fewer rounds or with a smaller epsilon, or ask the site for a larger `limits.max_epsilon`"
-            raise BudgetExhausted("BUDGET_EXHAUSTED", f"{what} ({failed})", where=f"round {number}", fix=fix)
+        for code, fix in _BUDGET_FIXES.items():
+            if code in total.failures.values():
+                raise BudgetExhausted(code, f"{what} ({failed})", where=f"round {number}", fix=fix)
         # Waiting can cure a slow party, and space a full disk; a party whose training diverged will diverge again.
         may_pass = set(total.failures.values()) <= {"ROUND_TIMEOUT", "DISK_FULL"}
         error = RunPaused if may_pass else RunFailed
@@ -377,4 +383,5 @@ SCENARIO = Scenario(
     clashes=clashes,
     answer=answer,
     who_learns_what=who_learns_what,
+    private=private,
 )

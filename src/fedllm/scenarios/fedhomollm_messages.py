@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
+from fedllm.scenarios.fedhomollm_settings import Settings, rule_of
 from fedllm.wire.payload import Payload, TensorMap, Tensors
 
 Split = Literal["held_out", "common"]
@@ -37,10 +38,6 @@ class Train(Payload):
     best: int | None = None
     clip_norm: float | None = None
 
-    def private(self) -> str:
-        """Return what is summed; see `Payload`."""
-        return "update"
-
 
 class Evaluate(Payload):
     """Server -> parties: the loss of this adapter on one split; `counted` as in `Train`."""
@@ -48,10 +45,6 @@ class Evaluate(Payload):
     adapter: TensorMap
     split: Split
     counted: dict[str, int] = Field(default_factory=dict)
-
-    def private(self) -> str:
-        """Return what is summed. Of a common model and the common test set nothing is anyone's own."""
-        return self.split if self.split == "held_out" or self.counted else ""
 
 
 class Deliver(Payload):
@@ -67,6 +60,24 @@ class Deliver(Payload):
 
 class Delivered(Payload):
     """Party -> server: it has its adapter."""
+
+
+def private(settings: Settings, request: Payload) -> str:
+    """Return what a request's answers add up to, where none may be seen by itself; else empty.
+
+    It follows from the job's settings and the kind of request, never from what else the server writes into it. Of a
+    common model and the common test set nothing is anyone's own.
+
+    Args:
+        settings: The scenario's.
+        request: The request.
+    """
+    match request:
+        case Train():
+            return "update"
+        case Evaluate():
+            return request.split if request.split == "held_out" or rule_of(settings).keeps_state else ""
+    return ""
 
 
 def prefixed(prefix: str, tensors: Mapping[str, Any]) -> Tensors:

@@ -12,7 +12,6 @@ import torch
 from fedllm.data.tokens import TokenisedExample
 from fedllm.privacy.budget import Budget
 from fedllm.privacy.differential import DifferentialPrivacySettings
-from fedllm.privacy.ledger import data_digest
 from fedllm.privacy.rounds import PrivateRound
 from fedllm.privacy.terms import Terms, run_mechanism
 from fedllm.scenarios.base import ClientContext
@@ -46,7 +45,7 @@ class PrivateTraining:
     @cached_property
     def terms(self) -> Terms:
         """What the job asks of this party's data, with the noise that keeps the whole run within its epsilon."""
-        asked, train, data = self._settings, self._c.train_settings, self._c.data.train
+        asked, train, data = self._settings, self._c.train_settings, self._c.data.digest
         run = run_mechanism(
             asked,
             num_units=len(self._units),
@@ -56,7 +55,8 @@ class PrivateTraining:
         )
         _, delta, accountant = asked.limits
         in_round = replace(run, steps=self._num_steps)
-        return Terms(asked.unit, data_digest(data), in_round, delta, accountant, asked.epsilon)
+        column = self._c.data_settings.group_by or ""
+        return Terms(asked.unit, data, in_round, delta, accountant, asked.epsilon, column)
 
     def open(self, number: int, *inputs: Mapping[str, torch.Tensor]) -> PrivateRound:
         """Return the terms of a round's training, after it has been paid for.
@@ -66,7 +66,7 @@ class PrivateTraining:
             inputs: All tensors that the round starts from.
 
         Raises:
-            BudgetExhausted: `BUDGET_EXHAUSTED`.
+            BudgetExhausted: `BUDGET_EXHAUSTED` or `BUDGET_OTHER_UNIT`.
             StateLost: `LEDGER_BROKEN`.
         """
         mechanism, clip_norm = self.terms.round, self._settings.clip_norm

@@ -49,7 +49,7 @@ from fedllm.scenarios.fedhomollm import Settled
 from fedllm.scenarios.fedhomollm import alone as alone_in_averaging
 from fedllm.scenarios.fedhomollm_answer import answer as answer_in_averaging
 from fedllm.scenarios.fedhomollm_client import Client as AveragingClient
-from fedllm.scenarios.fedhomollm_messages import Evaluate, Initial, SendInitial, Train, select
+from fedllm.scenarios.fedhomollm_messages import Evaluate, Initial, SendInitial, Train, private, select
 from fedllm.scenarios.fedhomollm_rows import rows_of
 from fedllm.scenarios.fedost_realign import (
     Realign,
@@ -361,6 +361,7 @@ SCENARIO = Scenario(
     clashes=clashes,
     answer=answer,
     who_learns_what=who_learns_what,
+    private=private,
     trainers=trainers,
     delivered=delivered,
     sender=sender,

@@ -198,7 +198,7 @@ def _is_allowed(context: ClientContext, sides: Sides, adapter: Tensors, correcti
         full_zs = loss(bare)
     found = {"emu_zs": emu_zs, "full_zs": full_zs, "ot_emu": ot_emu, "plug": plug}
     context.log(number, "realigned", {f"{name}_nats": value for name, value in found.items()})
-    return emu_zs - full_zs >= policy.full_zs_margin and ot_emu - plug >= policy.plug_margin
+    return emu_zs - full_zs > policy.full_zs_margin and ot_emu - plug > policy.plug_margin
 
 
 def held_by(correction: Tensors, sides: Sides, context: ClientContext, *, full: FullModel) -> list[Match]:

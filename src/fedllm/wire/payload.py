@@ -26,10 +26,6 @@ class Payload(BaseModel):
     )
     commits: ClassVar[bool] = False
 
-    def private(self) -> str:
-        """Return the name of what a request's answers add up to, where no answer may be seen by itself; else empty."""
-        return ""
-
     @classmethod
     def tensor_fields(cls) -> tuple[str, ...]:
         """Return the names of the fields that hold tensors."""

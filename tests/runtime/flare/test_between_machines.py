@@ -16,6 +16,7 @@ from offsite import SIZES as OFFSITE
 from tiny import TinyFederation
 
 from fedllm.privacy import noise
+from fedllm.privacy.budget import PURSE_FOLDER
 from fedllm.runs import folder
 from fedllm.runtime.ownership import Evidence, commit, verify
 
@@ -53,6 +54,9 @@ def test_noise_that_parties_share_out_has_the_same_bits(make_federation: Make) -
     made = make_federation(sizes=SIZES, job=job)
     between, here = run_between(made), made.run("here")
     assert (between.status, between.adapter_sha256) == ("SUCCESS", here.adapter_sha256)
+    # Each site keeps what it opened for all runs beside what it spent.
+    books = (made.folder.parent / "sites").glob(f"site-*/{PURSE_FOLDER}/*.sums/{made.job().digest}.json")
+    assert sorted(book.parent.name for book in books) == sorted(f"{party}.sums" for party in SIZES)
 
 
 def test_a_realigned_emulator_has_the_same_bits(make_federation: Make) -> None:
