@@ -31,6 +31,7 @@ from common import machine
 from safetensors.torch import load_file
 from ten_parties import job_folder, job_of, located_parties, small_base
 
+from fedllm.aggregate.lora import sites, sketch_size
 from fedllm.job.job import Job
 from fedllm.runtime.run import run_local
 from fedllm.runtime.scaffold import write_job_folder
@@ -94,6 +95,8 @@ def wire() -> None:
     plain = 0
     for name, (values, each) in CODECS.items():
         coded = Codec(CodecSettings.model_validate(values)).encode(update, seed=1, party="north", number=1)
+        # The drift meter is on by default.
+        coded |= {f"drift/{site}": torch.ones(sketch_size(OUT)) for site in sites(update)}
         parcel = pack(encode(Summand(weight=1, counts=counts, tensors=coded), ENVELOPE))
         sent, foretold = parcel.num_bytes, parameters * each
         plain = plain or sent

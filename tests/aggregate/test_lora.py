@@ -92,8 +92,8 @@ def test_averaging_both_factors_is_not_exact() -> None:
     assert all((product - ideal[site]).norm() / ideal[site].norm() > 0.1 for site, product in products(mean).items())
 
 
-def large_adapter(generator: torch.Generator) -> Tensors:
-    shapes = {"A": (4, 24), "B": (32, 4)}
+def large_adapter(generator: torch.Generator, rows: int = 32) -> Tensors:
+    shapes = {"A": (4, 24), "B": (rows, 4)}
     return {
         f"layers.{site}.lora_{factor}.default.weight": torch.randn(shape, generator=generator)
         for site in range(16)
@@ -101,10 +101,13 @@ def large_adapter(generator: torch.Generator) -> Tensors:
     }
 
 
-def test_the_meter_says_what_the_dense_matrices_say() -> None:
+@pytest.mark.parametrize("rows", [32, 200])
+def test_the_meter_says_what_the_dense_matrices_say(rows: int) -> None:
+    """Of factors with many rows a sketch has 32 numbers a site."""
     generator = torch.Generator().manual_seed(5)
-    before, weights = large_adapter(generator), [0.5, 0.3, 0.2]
-    changes = [large_adapter(generator) for _ in weights]
+    before, weights = large_adapter(generator, rows), [0.5, 0.3, 0.2]
+    changes = [large_adapter(generator, rows) for _ in weights]
+    assert {tensor.numel() for tensor in sketch(before, seed=1, number=1).values()} == {32}
     for size in (0.1, 0.3, 1.0):
         parties = [{name: before[name] + size * change[name] for name in before} for change in changes]
         mean = weighted(parties, weights)

@@ -220,6 +220,14 @@ def test_the_drift_is_reported_each_round_where_both_factors_are_averaged(make_f
         assert drift_of(make_federation(name, job=PLAN | plan).run()) == []
 
 
+def test_what_a_codec_loses_is_no_drift(make_federation: Make) -> None:
+    """The mean of what arrived is compared with the products of what arrived."""
+    plain = drift_of(make_federation("plain", job=PLAN).run())
+    coded = drift_of(make_federation("coded", job=PLAN | {"federation.codec": {"name": "TopK", "density": 0.2}}).run())
+    # A meter of what was meant read 0.9 here: most of the update had not arrived.
+    assert max(coded) < 5 * max(plain) < 0.5
+
+
 def test_more_local_steps_drift_further(make_federation: Make) -> None:
     few, many = (
         drift_of(make_federation(f"steps{steps}", job=PLAN | {"train.local_steps": steps}).run()) for steps in (1, 8)
