@@ -44,7 +44,7 @@ from fedllm.cli import quiet_dependencies
 from fedllm.data.adverts import AdvertTask, common_test, party_examples
 from fedllm.evaluate.loss import evaluate_examples
 from fedllm.job.job import Job, LocatedParty, load_parties
-from fedllm.ownership.claims import BOUND, KEYED, Claim, load_claim, new_bits, new_secret
+from fedllm.ownership.claims import BOUND, DRAWN, Claim, load_claim, new_bits, new_secret
 from fedllm.ownership.commitments import commit_to
 from fedllm.ownership.directions import directed, share_of
 from fedllm.ownership.keys import public_hex
@@ -271,7 +271,7 @@ def trial_table(job_file: Path) -> None:
     # In its own software the thief plays the others' parts too, with keys that it makes.
     made = {party: keys[party] if party == "north" else Ed25519PrivateKey.generate() for party in PARTIES}
     print("\n| where bits are follows from | bits in the trial run | bits in the run | p |\n| --- | --- | --- | --- |")
-    for form, text in ((KEYED, "the key (form own-v1)"), (BOUND, "the key and the log (form own-v2)")):
+    for form, text in ((DRAWN, "the key (form own-v1)"), (BOUND, "the key and the log (form own-v2)")):
         draft = Claim(
             form=form,
             party="north",
@@ -309,7 +309,8 @@ def _agreeing(claim: Claim, log: OwnershipLog, suspect: Any) -> int:
 
 
 def _values(claim: Claim, log: OwnershipLog, suspect: Any) -> torch.Tensor:
-    known = directed(claim, log)
+    # The control is what the form own-v1 was, which no log bears out any more: its key alone says where bits are.
+    known = claim if claim.form == DRAWN else directed(claim, log)
     assert known is not None
     return mark_values(known, suspect, READINGS[0])
 

@@ -15,7 +15,7 @@ from fedllm.data.batches import collate
 from fedllm.models.adapter import TunableModel
 from fedllm.models.loss import target_losses
 from fedllm.models.settings import PeftSettings
-from fedllm.ownership.claims import Claim, new_bits, new_secret
+from fedllm.ownership.claims import DRAWN, Claim, new_bits, new_secret
 from fedllm.ownership.marks import Mark, mark_sites
 from fedllm.ownership.settings import OwnershipSettings
 from fedllm.runtime.site import Site
@@ -145,6 +145,7 @@ def overwritten(site: Site, own: Weights, other: Sequence[Any], *, times: float)
 
 def _thief(tunable: TunableModel, first: Weights, times: float) -> Any:
     claim = Claim(
+        form=DRAWN,
         party="thief",
         job_digest="0" * 64,
         base_digest="0" * 64,

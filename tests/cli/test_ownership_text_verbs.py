@@ -7,7 +7,9 @@ from tiny import tiny_federation
 from verbs import Call, data_of
 
 from fedllm.errors import ExitCode
+from fedllm.models.digest import base_digest, json_digest
 from fedllm.ownership.claims import Claim, save_claim
+from fedllm.ownership.commitments import ClaimFolder
 from fedllm.ownership.triggers import make_triggers
 
 
@@ -64,3 +66,31 @@ def test_a_fingerprint_that_is_not_learnt_is_told(call: Call, base: Path, tmp_pa
     code, _, err = call(*words, "--count", "2", "--max-steps", "1")
     assert code == ExitCode.FAILED and "NO_PROGRESS" in err
     assert call(*words, "--count", "1")[0] == ExitCode.USAGE
+
+
+def test_a_stamp_is_attached_to_a_fingerprint_afterwards(call: Call, base: Path, tmp_path: Path) -> None:
+    words = ("ownership", "fingerprint", base, "--claims", tmp_path / "claims")
+    digest = base_digest(base)
+    made = Claim(
+        party="owner",
+        job_digest=json_digest({"fingerprint of": digest}),
+        base_digest=digest,
+        carrier="none",
+        sites=(),
+        key_seed="11" * 32,
+        bits="",
+        triggers=make_triggers("11" * 32, 3, form="instruction"),
+        threshold=1e-6,
+        salt="ef" * 32,
+    )
+    ClaimFolder(tmp_path / "claims").write(made)
+    stamp = tmp_path / "answer.tsr"
+    stamp.write_bytes(bytes.fromhex(made.commitment()))
+    code, out, _ = call(*words, "--stamp", stamp)
+    assert code == 0 and made.commitment() in out and "time stamp  SHA-256" in out
+    code, out, _ = call(*words, "--stamp", stamp, "--json")
+    assert code == 0 and data_of(out)["commitment"] == made.commitment()
+    stamp.write_bytes(b"of something else")
+    assert "BAD_VALUE" in call(*words, "--stamp", stamp)[2]
+    assert "BAD_COMBINATION" in call(*words)[2]
+    assert "BAD_COMBINATION" in call(*words, "--stamp", stamp, "-o", tmp_path / "out")[2]

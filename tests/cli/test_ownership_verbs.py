@@ -58,6 +58,11 @@ def test_a_claim_is_committed_to_and_verified(call: Call, federation: TinyFedera
     own = folder / "parties" / "ownership-north"
     code, out, _ = call("ownership", "verify", folder / "run", "--claim", own, "--log", folder / "run")
     assert code == 0 and "32 of 32 bits" in out and "The claim is upheld" in out
+    assert "by the word of those who signed the log" in out
+    strict = call(
+        "ownership", "verify", folder / "run", "--claim", own, "--log", folder / "run", "--threshold", "1e-12"
+    )
+    assert strict[0] == ExitCode.FAILED and "the threshold is 1e-12" in strict[1]
     code, out, _ = call("ownership", "verify", folder / "run", "--claim", own, "--json")
     (found,) = data_of(out)
     assert code == ExitCode.FAILED and '"status": "not upheld"' in out

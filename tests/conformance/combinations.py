@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from families import FAMILIES, TASKS
+from families import ENCODERS, FAMILIES, TASKS
 
 from fedllm.errors import ModelError
 from fedllm.models.adapter import skeleton
 from fedllm.models.settings import PeftSettings
-from fedllm.tasks import CLASSIFICATION, Task, TaskName
+from fedllm.tasks import CAUSAL_LM, CLASSIFICATION, Task, TaskName
 
 LABELS = ("complaint", "question", "praise")
 # Name in the table -> settings, small enough for a tiny model.
@@ -20,6 +20,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "LoRA": {"peft_type": "LORA", "r": 2},
     "rsLoRA": {"peft_type": "LORA", "r": 2, "use_rslora": True},
     "DoRA": {"peft_type": "LORA", "r": 2, "use_dora": True},
+    # Which module: `saved_module`.
+    "LoRA, saved": {"peft_type": "LORA", "r": 2},
     "AdaLoRA": {"peft_type": "ADALORA", "init_r": 4, "target_r": 2},
     "VeRA": {"peft_type": "VERA", "r": 4},
     "IA3": {"peft_type": "IA3"},
@@ -33,6 +35,23 @@ METHODS: dict[str, dict[str, Any]] = {
     "BitFit": {"peft_type": "BITFIT"},
     "full": {"peft_type": "FULL"},
 }
+# Families whose output layer has the weights of their embeddings, where neither may be saved.
+_TIED = ("gpt2", "gemma", "gemma2", "gemma3_text", "opt", "bloom")
+_EMBEDDINGS = {"gpt2": "wte", "gpt_neox": "embed_in", "bloom": "word_embeddings"} | dict.fromkeys(
+    ENCODERS, "word_embeddings"
+)
+
+
+def saved_module(family: str, task: TaskName) -> str:
+    """Return what is trained whole beside LoRA: the output layer where it has weights of its own, else the embeddings.
+
+    Args:
+        family: A key of `FAMILIES`.
+        task: What the model is for.
+    """
+    if task == CAUSAL_LM and family not in _TIED:
+        return "lm_head"
+    return _EMBEDDINGS.get(family, "embed_tokens")
 
 
 @dataclass(frozen=True)
@@ -44,9 +63,15 @@ class Combination:
     task: TaskName
 
     @property
+    def settings(self) -> dict[str, Any]:
+        """The job's `peft` section."""
+        saved = {"modules_to_save": [saved_module(self.family, self.task)]} if self.method == "LoRA, saved" else {}
+        return METHODS[self.method] | saved
+
+    @property
     def peft(self) -> PeftSettings:
         """The method's settings."""
-        return PeftSettings.model_validate(METHODS[self.method])
+        return PeftSettings.model_validate(self.settings)
 
     @property
     def whole_task(self) -> Task:
@@ -83,6 +108,6 @@ def sample(every: int) -> Iterator[Combination]:
     """
     methods, families = list(METHODS), list(FAMILIES)
     for one in combinations():
-        place = methods.index(one.method) + 2 * families.index(one.family) + 5 * list(TASKS).index(one.task)
+        place = methods.index(one.method) + 3 * families.index(one.family) + 5 * list(TASKS).index(one.task)
         if place % every == 0:
             yield one

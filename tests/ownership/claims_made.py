@@ -7,7 +7,7 @@ from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from fedllm.ownership.claims import Claim, MarkSite, new_bits, new_secret
+from fedllm.ownership.claims import DRAWN, Claim, MarkSite, new_bits, new_secret
 from fedllm.ownership.commitments import commit_to
 from fedllm.ownership.directions import share_of
 from fedllm.ownership.keys import public_hex, sign
@@ -23,7 +23,7 @@ from fedllm.ownership.log import (
 
 JOB, OTHER_JOB, BASE, RUN = "a" * 64, "c" * 64, "b" * 64, "d" * 32
 BEFORE, AFTER = "2026-03-01T12:00:00+00:00", "2026-03-02T12:00:00+00:00"
-KEYS = {name: Ed25519PrivateKey.generate() for name in ("north", "east", "thief")}
+KEYS = {name: Ed25519PrivateKey.generate() for name in ("north", "east", "south", "thief")}
 
 
 def claim_of(party: str = "north", job: str = JOB, **changes: object) -> Claim:
@@ -40,6 +40,11 @@ def claim_of(party: str = "north", job: str = JOB, **changes: object) -> Claim:
         "salt": new_secret(),
     }
     return Claim.model_validate(fields | changes)
+
+
+def drawn_of(party: str = "north", **changes: object) -> Claim:
+    """Return a new claim as its marks are read, without a log that says where they are."""
+    return claim_of(party, form=DRAWN, **changes)
 
 
 def signed(log: OwnershipLog, number: int, time: str, *, by: Sequence[str], job: str = JOB) -> OwnershipLog:
@@ -60,16 +65,17 @@ def log_of(
     parties: Sequence[str] = ("north", "east"),
     job: str = JOB,
     late: Sequence[Claim] = (),
-    shares: bool = False,
+    shares: bool = True,
+    time: str = BEFORE,
 ) -> OwnershipLog:
     """Return the log of a run of one round; `late` claims are committed to after round 0."""
     keys = [party_entry(party, public_hex(KEYS[party])) for party in parties]
     first = OwnershipLog((*keys, *(commitment_entry(commit_to(one, KEYS[one.party])) for one in claims)))
-    opened = signed(first, 0, BEFORE, by=parties, job=job)
+    opened = signed(first, 0, time, by=parties, job=job)
     if shares:
-        opened = signed(shared(opened, by=parties), 0, BEFORE, by=parties, job=job)
+        opened = signed(shared(opened, by=parties), 0, time, by=parties, job=job)
     more = [commitment_entry(commit_to(one, KEYS[one.party])) for one in late]
-    return signed(opened.with_entries(round_entry(0, "e" * 64), *more), 0, AFTER, by=parties, job=job)
+    return signed(opened.with_entries(round_entry(0, "e" * 64), *more), 0, max(time, AFTER), by=parties, job=job)
 
 
 def folder_of(log: OwnershipLog, folder: Path) -> Path:

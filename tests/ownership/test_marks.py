@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from claims_made import claim_of
+from claims_made import drawn_of
 from tiny import save_base
 
 from fedllm.errors import ModelError
@@ -61,7 +61,7 @@ def test_a_mark_is_read_alike_from_the_model_the_adapter_and_merged_weights(
     peft: PeftSettings, carrier: Any, base: Path, tmp_path: Path
 ) -> None:
     tunable = tunable_of(base, peft)
-    claim = claim_of(carrier=carrier, sites=mark_sites(tunable, carrier))
+    claim = drawn_of(carrier=carrier, sites=mark_sites(tunable, carrier))
     mark = pulled(tunable, claim)
     assert bool((mark.readings() * torch.tensor(claim.signs()) >= ASKED.margin).all())
     adapter, whole = saved(tunable, base, tmp_path)
@@ -81,7 +81,7 @@ def test_weights_that_stand_the_other_way_round_are_read_alike(tmp_path: Path) -
     for name, data in tokenizer.items():
         (folder / name).write_bytes(data)
     tunable = tunable_of(folder, LORA)
-    claim = claim_of(sites=mark_sites(tunable, "product"))
+    claim = drawn_of(sites=mark_sites(tunable, "product"))
     assert all(site.transposed for site in claim.sites) and any(site.rows == site.columns for site in claim.sites)
     mark = pulled(tunable, claim)
     _, whole = saved(tunable, folder, tmp_path)
@@ -90,7 +90,7 @@ def test_weights_that_stand_the_other_way_round_are_read_alike(tmp_path: Path) -
 
 def test_other_factors_of_the_same_product_read_the_same(base: Path) -> None:
     tunable = tunable_of(base, LORA)
-    claim = claim_of(sites=mark_sites(tunable, "product"))
+    claim = drawn_of(sites=mark_sites(tunable, "product"))
     before = pulled(tunable, claim).readings()
     turn = torch.linalg.qr(torch.randn(4, 4, generator=torch.Generator().manual_seed(1)))[0] * 3
     with torch.no_grad():
@@ -102,7 +102,7 @@ def test_other_factors_of_the_same_product_read_the_same(base: Path) -> None:
 @pytest.mark.parametrize("moving", ["lora_A", "lora_B"])
 def test_only_what_moves_in_a_round_is_pulled(moving: str, base: Path) -> None:
     tunable = tunable_of(base, LORA)
-    claim = claim_of(sites=mark_sites(tunable, "product"))
+    claim = drawn_of(sites=mark_sites(tunable, "product"))
     mark = pulled(tunable, claim, steps=0)
     before = tunable.read()
     with tunable.only(name for name in tunable.manifest if moving in name):
@@ -116,7 +116,7 @@ def test_only_what_moves_in_a_round_is_pulled(moving: str, base: Path) -> None:
 def test_a_step_makes_up_its_share_of_what_a_bit_lacks(base: Path) -> None:
     """Of one bit alone, exactly: t is linear in B, so a step of strength a closes that share of the gap."""
     tunable = tunable_of(base, LORA)
-    claim = claim_of(sites=mark_sites(tunable, "product"), bits="1")
+    claim = drawn_of(sites=mark_sites(tunable, "product"), bits="1")
     mark = Mark(claim, tunable, {})
     with tunable.only(name for name in tunable.manifest if "lora_B" in name):
         mark.pull(ASKED)(0.0)
@@ -126,7 +126,7 @@ def test_a_step_makes_up_its_share_of_what_a_bit_lacks(base: Path) -> None:
 def test_marks_that_fill_a_carrier_do_not_drive_one_another_on(base: Path) -> None:
     """Bits are a part of the noise that their margin grows with: without a bound they would grow without end."""
     tunable = tunable_of(base, NORMS)
-    claim = claim_of(carrier="norms", sites=mark_sites(tunable, "norms"), bits="01" * 50)
+    claim = drawn_of(carrier="norms", sites=mark_sites(tunable, "norms"), bits="01" * 50)
     mark = Mark(claim, tunable, tunable.initial(3))
     pull = mark.pull(OwnershipSettings(carrier="norms", claimants=["north"], num_bits=100))
     for _ in range(200):
@@ -137,14 +137,14 @@ def test_marks_that_fill_a_carrier_do_not_drive_one_another_on(base: Path) -> No
 
 def test_a_random_key_reads_what_its_noise_says(base: Path) -> None:
     tunable = tunable_of(base, LORA)
-    claim = claim_of(sites=mark_sites(tunable, "product"), bits="1" * 1024)
+    claim = drawn_of(sites=mark_sites(tunable, "product"), bits="1" * 1024)
     mark = pulled(tunable, claim, steps=0)
     assert float(mark.readings().std()) == pytest.approx(mark.noise(), rel=0.15)
 
 
 def test_a_foreign_key_and_flipped_bits_prove_nothing(base: Path, tmp_path: Path) -> None:
     tunable = tunable_of(base, LORA)
-    claim = claim_of(sites=mark_sites(tunable, "product"), key_seed="7" * 64, bits="0110" * 8)
+    claim = drawn_of(sites=mark_sites(tunable, "product"), key_seed="7" * 64, bits="0110" * 8)
     pulled(tunable, claim)
     suspect = open_suspect(saved(tunable, base, tmp_path)[0], None)
     flipped = claim.bits.translate(str.maketrans("01", "10"))
@@ -155,15 +155,53 @@ def test_a_foreign_key_and_flipped_bits_prove_nothing(base: Path, tmp_path: Path
 
 
 def test_a_model_that_changed_nothing_has_no_mark(base: Path) -> None:
-    claim = claim_of(sites=mark_sites(skeleton(base, LORA), "product"))
+    claim = drawn_of(sites=mark_sites(skeleton(base, LORA), "product"))
     assert [reading.matches for reading in read_marks(claim, open_suspect(base, base))] == [0, 0]
 
 
 def test_a_model_with_other_names_is_refused_and_not_called_unmarked(base: Path) -> None:
-    claim = claim_of(sites=mark_sites(skeleton(base, LORA), "product"))
+    claim = drawn_of(sites=mark_sites(skeleton(base, LORA), "product"))
     renamed = tuple(site.model_copy(update={"name": f"other.{site.name}"}) for site in claim.sites)
     with pytest.raises(ModelError, match="none of the 14 weights"):
         read_marks(claim.model_copy(update={"sites": renamed}), open_suspect(base, base))
+
+
+@pytest.mark.parametrize("kind", ["4 bits", "8 bits", "float8", "GPTQ", "another shape"])
+def test_packed_weights_are_refused_and_not_called_unmarked(kind: str, base: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    claim = drawn_of(sites=mark_sites(skeleton(base, LORA), "product"))
+    packed = Path(shutil.copytree(base, tmp_path / "packed"))
+    tensors = load_file(packed / "model.safetensors")
+    name = f"{claim.sites[-1].name}.weight"
+    codes = (tensors[name] / tensors[name].abs().max() * 7).round().to(torch.int8)
+    pairs = (codes + 8).to(torch.uint8).reshape(-1)
+    changed = {
+        # As bitsandbytes and GPTQ lay them out.
+        "4 bits": {name: (pairs[::2] << 4 | pairs[1::2]).reshape(-1, 1)},
+        "8 bits": {name: codes},
+        "float8": {name: tensors[name].to(torch.float8_e4m3fn)},
+        "GPTQ": {name.replace("weight", "qweight"): codes.to(torch.int32)[::8].contiguous()},
+        "another shape": {name: tensors[name][1:].contiguous()},
+    }[kind]
+    del tensors[name]
+    save_file(tensors | changed, packed / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match="dequantise the model first") as refused:
+        read_marks(claim, open_suspect(packed, base))
+    assert refused.value.code == "MODEL_MISMATCH" and next(iter(changed)) in refused.value.what
+
+
+def test_an_adapter_of_another_shape_is_refused(base: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tunable = tunable_of(base, LORA)
+    claim = drawn_of(sites=mark_sites(tunable, "product"))
+    adapter, _ = saved(tunable, base, tmp_path)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    name = next(name for name in tensors if "lora_B" in name)
+    save_file(tensors | {name: tensors[name][1:].contiguous()}, adapter / "adapter_model.safetensors")
+    with pytest.raises(ModelError, match="MODEL_MISMATCH"):
+        read_marks(claim, open_suspect(adapter, None))
 
 
 def _folded(whole: Path) -> None:
@@ -209,7 +247,7 @@ def scaled_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_folding_takes_bits_out_of_norms(scaled_base: Path, tmp_path: Path) -> None:
     tunable = tunable_of(scaled_base, NORMS)
     sites = tuple(site for site in mark_sites(tunable, "norms") if site.name != "model.norm")
-    claim = claim_of(carrier="norms", sites=sites, key_seed="7" * 64, bits="01" * 16)
+    claim = drawn_of(carrier="norms", sites=sites, key_seed="7" * 64, bits="01" * 16)
     pulled(tunable, claim)
     _, whole = saved(tunable, scaled_base, tmp_path)
     before = _logits(whole)
@@ -221,7 +259,7 @@ def test_folding_takes_bits_out_of_norms(scaled_base: Path, tmp_path: Path) -> N
 
 def test_folding_hides_bits_in_the_product_until_scales_are_taken_out(scaled_base: Path, tmp_path: Path) -> None:
     tunable = tunable_of(scaled_base, LORA)
-    claim = claim_of(sites=mark_sites(tunable, "product"), key_seed="7" * 64, bits="01" * 16)
+    claim = drawn_of(sites=mark_sites(tunable, "product"), key_seed="7" * 64, bits="01" * 16)
     pulled(tunable, claim)
     _, whole = saved(tunable, scaled_base, tmp_path)
     _folded(whole)
@@ -233,15 +271,15 @@ def test_a_whole_model_needs_its_own_base(base: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="read against its base"):
         open_suspect(base, None)
     with pytest.raises(ModelError, match="MODEL_MISMATCH"):
-        check_base(save_base(tmp_path / "other", seed=9), claim_of().base_digest)
+        check_base(save_base(tmp_path / "other", seed=9), drawn_of().base_digest)
 
 
 def test_keys_are_unit_vectors_that_follow_from_the_seed(base: Path) -> None:
-    claim = claim_of(sites=mark_sites(skeleton(base, LORA), "product"))
+    claim = drawn_of(sites=mark_sites(skeleton(base, LORA), "product"))
     rows = unit_rows(claim, claim.sites[0], "rows")
     assert torch.allclose(rows.norm(dim=1), torch.ones(32), atol=1e-5)
     assert torch.equal(rows, unit_rows(claim, claim.sites[0], "rows"))
-    assert not torch.equal(rows, unit_rows(claim_of(sites=claim.sites), claim.sites[0], "rows"))
+    assert not torch.equal(rows, unit_rows(drawn_of(sites=claim.sites), claim.sites[0], "rows"))
 
 
 def test_room_is_the_number_of_what_moves_freely(base: Path) -> None:

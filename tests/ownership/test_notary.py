@@ -12,10 +12,9 @@ import pytest
 from claims_made import OTHER_JOB, claim_of
 
 from fedllm.errors import FedllmError, RunFailed, RunPaused, StateLost
-from fedllm.ownership.claims import BOUND
 from fedllm.ownership.commitments import ClaimFolder, commit_to
 from fedllm.ownership.directions import share_of
-from fedllm.ownership.log import FOLDER, OwnershipLog, check_log, read_log, round_entry, share_entry
+from fedllm.ownership.log import FOLDER, OwnershipLog, check_log, commitment_entry, read_log, round_entry, share_entry
 from fedllm.runs.folder import RunFolder, now
 from fedllm.runtime.base import HeadSigned, Shown, SignHead
 from fedllm.runtime.notary import Notary
@@ -59,9 +58,9 @@ def parties(run: RunFolder, tmp_path: Path) -> Any:
     found = {}
     for party in ("north", "east"):
         keys = ClaimFolder(tmp_path / f"ownership-{party}")
-        commitment = keys.write(claim_of(form=BOUND)) if party == "north" else None
+        commitment = keys.write(claim_of()) if party == "north" else None
         copy = run.path / "parties" / party / FOLDER
-        found[party] = Signatory(party, run.run_id, JOB, keys, copy, commitment)
+        found[party] = Signatory(party, run.run_id, JOB, keys, copy, commitment, ("north",))
     return Parties(found)
 
 
@@ -82,7 +81,9 @@ def test_a_log_is_opened_once_and_grows(run: RunFolder, parties: Any) -> None:
 
 def test_a_claim_of_the_earlier_form_begins_no_run(run: RunFolder, parties: Any, tmp_path: Path) -> None:
     keys = ClaimFolder(tmp_path / "earlier")
-    parties.signatories["north"] = replace(parties.signatories["north"], keys=keys, commitment=keys.write(claim_of()))
+    parties.signatories["north"] = replace(
+        parties.signatories["north"], keys=keys, commitment=keys.write(claim_of(form="own-v1"))
+    )
     with pytest.raises(RunFailed, match="OWNERSHIP_UNCOMMITTED"):
         Notary(run, ("north",)).open(parties)
 
@@ -184,6 +185,26 @@ def test_a_party_signs_nothing_without_its_own_commitment_in_it(run: RunFolder, 
     assert isinstance(fresh.answer(request), HeadSigned)
     with pytest.raises(StateLost, match="changed or taken out"):
         fresh.answer(asked(run, parties, entries=without))
+
+
+@pytest.mark.parametrize("more", ["a second one of the claimant", "one of a party that claims nothing"])
+def test_a_party_signs_one_commitment_of_each_claimant_and_none_of_others(
+    more: str, run: RunFolder, parties: Any
+) -> None:
+    request = asked(run, parties)
+    name = "north" if "second" in more else "east"
+    added = commitment_entry(commit_to(claim_of(name), parties.signatories[name].keys.key()))
+    shown = [entry for entry in request.entries if '"kind":"share"' not in entry and '"kind":"round"' not in entry]
+    east = replace(parties.signatories["east"], copy=run.path / "elsewhere")
+    for entries, is_good in ((shown, True), ([*shown, added], False)):
+        head = OwnershipLog(tuple(entries)).head(0, now(), run_id=run.run_id, job_digest=JOB)
+        one = SignHead(head=head.model_dump_json(), since=0, entries=entries, signatures={})
+        if is_good:
+            assert isinstance(replace(east, copy=run.path / "good").answer(one), HeadSigned)
+            continue
+        what = "2 commitments of `north`" if name == "north" else "a commitment of `east`, no claimant"
+        with pytest.raises(StateLost, match=what):
+            east.answer(one)
 
 
 def test_shares_are_the_same_after_a_crash_before_they_are_signed(run: RunFolder, parties: Any) -> None:

@@ -226,7 +226,7 @@ def test_a_carrier_that_is_frozen_is_refused(tmp_path: Path, base: Path) -> None
         ({"federation.strategy": {"name": "SCAFFOLD"}, "train.optim": "sgd"}, "control variates"),
         ({"federation.robust": {"name": "MultiKrum", "num_malicious": 1}}, "one party alone pushes"),
         ({"peft": {"peft_type": "LN_TUNING"}}, "has no product"),
-        ({"scenario": "FedOST", "federation.owner": "south"}, "the owner's whole one"),
+        ({"scenario": "FedOST", "federation.owner": "south"}, "the owner's whole"),
     ],
 )
 def test_what_would_lose_a_mark_is_refused(changes: dict[str, Any], what: str, tmp_path: Path, base: Path) -> None:

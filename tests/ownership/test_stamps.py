@@ -18,12 +18,14 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fedllm.errors import ConfigError, ResourceError
-from fedllm.ownership.claims import Claim
+from fedllm.ownership.claims import Claim, new_secret, save_claim, stamp_file
 from fedllm.ownership.commitments import commit_to
 from fedllm.ownership.disputes import Standing, standing
 from fedllm.ownership.keys import public_hex
 from fedllm.ownership.log import OwnershipLog, commitment_entry, party_entry
-from fedllm.ownership.stamps import read_certificates, with_stamp
+from fedllm.ownership.stamps import by_stamp, read_certificates, with_stamp
+from fedllm.ownership.triggers import make_triggers
+from fedllm.ownership.verify import Reading, judge
 
 needs_openssl = pytest.mark.skipif(shutil.which("openssl") is None, reason="needs the command openssl")
 needs_library = pytest.mark.skipif(
@@ -103,6 +105,12 @@ def certificate(
     return builder.sign(issuer, hashes.SHA256())
 
 
+def text_claim_of(party: str = "north") -> Claim:
+    """Return a claim by answers alone: a log without shares says when, and needs to say no more."""
+    key = new_secret()
+    return claim_of(party, carrier="none", sites=(), bits="", key_seed=key, triggers=make_triggers(key, 4))
+
+
 # (data of a stamp, file of a certificate, time of the log) -> the standing of the claim it is beside.
 Judged = Callable[..., Standing]
 
@@ -114,7 +122,7 @@ def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
 
 @pytest.fixture
 def claim() -> Claim:
-    return claim_of()
+    return text_claim_of()
 
 
 @pytest.fixture
@@ -193,3 +201,28 @@ def test_what_is_no_certificate_is_refused(library: bool, tmp_path: Path, monkey
         read_certificates([tmp_path / "text.pem"])
     with pytest.raises(ConfigError, match="FILE_NOT_FOUND"):
         read_certificates([tmp_path / "gone.pem"])
+
+
+@needs_openssl
+@needs_library
+def test_a_stamp_stands_in_the_place_of_a_log_for_text_alone(
+    claim: Claim, authority: Authority, tmp_path: Path
+) -> None:
+    save_claim(claim, tmp_path / "own.claim.json")
+    stamp, trusted = stamp_file(tmp_path / "own.claim.json"), read_certificates([authority.root])
+    read = [Reading("text", "generate", 4, 4, 1e-28)]
+    assert by_stamp(claim, stamp, trusted) is None
+    (verdict,) = judge([claim], [None], lambda one: read)
+    assert verdict.status == "rejected" and "4 of 4 answers" in verdict.sentence and "no log is" in verdict.sentence
+    stamp.write_bytes(authority.stamp(claim.commitment()))
+    assert by_stamp(claim, stamp, []) is None
+    (verdict,) = judge([claim], [by_stamp(claim, stamp, trusted)], lambda one: read)
+    assert verdict.upheld and "as a verified time stamp says" in verdict.sentence and verdict.place is None
+    late = by_stamp(claim, stamp, trusted, seen=datetime.now(UTC) - timedelta(days=1))
+    assert late is not None and "was seen on" in late.reasons[0]
+    # Of another claim it says nothing; and where bits are is said by a log alone.
+    other = by_stamp(text_claim_of(), stamp, trusted)
+    assert other is not None and "on another digest" in other.reasons[0]
+    bits = claim_of()
+    stamp.write_bytes(authority.stamp(bits.commitment()))
+    assert by_stamp(bits, stamp, trusted) is None

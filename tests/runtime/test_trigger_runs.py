@@ -5,6 +5,7 @@ import shutil
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,13 @@ from fedllm.data.settings import DataSettings
 from fedllm.errors import ConfigError, RunFailed
 from fedllm.models.deliver import merged
 from fedllm.models.loss import target_losses
-from fedllm.ownership.claims import load_claim, new_secret, save_claim
+from fedllm.ownership.claims import load_claim, new_secret, save_claim, stamp_file
 from fedllm.ownership.endpoint import Endpoint
 from fedllm.ownership.triggers import make_triggers, verify_text
 from fedllm.runs.digests import seal_run
 from fedllm.runs.verify import verify_run
 from fedllm.runtime.asking import Asked, Suspected, ask_claims
-from fedllm.runtime.fingerprint import Plan, fingerprint
+from fedllm.runtime.fingerprint import Fingerprint, Plan, attach_stamp, fingerprint
 from fedllm.runtime.ownership import Evidence, commit, verify
 from fedllm.runtime.run import resume, run_local
 from fedllm.runtime.triggers import as_tokens, asker, open_whole
@@ -260,9 +261,13 @@ def test_the_whole_prompt_is_asked_where_the_context_is_short(base: Path) -> Non
         assert found.startswith(suspect.tokenizer.decode(whole_prompt, skip_special_tokens=True))
 
 
-def test_a_base_model_is_fingerprinted_and_claimed_after_it_was_tuned(base: Path, tmp_path: Path) -> None:
-    plan = Plan(count=2, learning_rate=0.02, keep=0.3, max_steps=400)
-    made = fingerprint(base, tmp_path / "out", claims=tmp_path / "claims", plan=plan)
+@pytest.fixture(scope="module")
+def made(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Fingerprint:
+    folder, plan = tmp_path_factory.mktemp("owner"), Plan(count=2, learning_rate=0.02, keep=0.3, max_steps=400)
+    return fingerprint(base, folder / "out", claims=folder / "claims", plan=plan)
+
+
+def test_a_base_model_is_fingerprinted_and_claimed_after_it_was_tuned(base: Path, made: Fingerprint) -> None:
     assert made.verdict.holds and made.verdict.matches == 2
     claim, handed_out = load_claim(made.claim), open_whole(made.model)
     assert not verify_text(claim, asker(open_whole(base))).holds
@@ -272,6 +277,31 @@ def test_a_base_model_is_fingerprinted_and_claimed_after_it_was_tuned(base: Path
     tuned_on(handed_out.model, handed_out.tokenizer, steps=12)
     assert verify_text(claim, asker(handed_out)).holds
     assert oct(made.claim.stat().st_mode)[-3:] == "600" and not list(made.model.glob("*claim*"))
+
+
+def test_a_fingerprint_is_dated_by_a_stamp_and_needs_no_base(
+    base: Path, made: Fingerprint, marked: Marked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claims = made.claim.parent
+    # Nothing says when the key was chosen; the answers are read, of a whole model without its base.
+    (found,) = verify(made.model, Evidence([made.claim]))
+    assert found.status == "rejected" and "2 of 2 answers" in found.sentence and "no log is given" in found.sentence
+    stamp = tmp_path / "answer.tsr"
+    stamp.write_bytes(b"of today: " + bytes.fromhex(made.commitment.digest))
+    with pytest.raises(ConfigError, match="no claim on this model"):
+        attach_stamp(made.model, stamp, claims=claims)
+    path, commitment = attach_stamp(base, stamp, claims=claims)
+    assert path == made.claim and commitment.stamp and stamp_file(path).read_bytes() == stamp.read_bytes()
+    # What the authority's library says of it is for `tests/ownership/test_stamps.py`.
+    monkeypatch.setattr("fedllm.runtime.ownership.read_certificates", lambda paths: list(paths))
+    monkeypatch.setattr("fedllm.ownership.stamps._stamped_at", lambda *given: datetime(2026, 3, 1, tzinfo=UTC))
+    (found,) = verify(made.model, Evidence([made.claim], authorities=[tmp_path / "tsa.pem"]))
+    assert found.upheld and "before 2026-03-01T00:00:00+00:00, as a verified time stamp says" in found.sentence
+    # The log of a run in which it is not does not take that away, so that it can be judged beside a claim of the run.
+    beside = Evidence([made.claim], [marked.run], authorities=[tmp_path / "tsa.pem"])
+    assert verify(made.model, beside)[0].upheld
+    (found,) = verify(base, Evidence([made.claim], authorities=[tmp_path / "tsa.pem"]))
+    assert found.status == "not shown"
 
 
 def test_a_fingerprint_that_is_not_learnt_hands_nothing_out(base: Path, tmp_path: Path) -> None:

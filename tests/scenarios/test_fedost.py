@@ -105,7 +105,7 @@ def test_with_the_whole_middle_the_plugged_model_is_the_directly_tuned_one_bit_f
     for number in (0, 1, 2):
         assert rows[number, "plugged"] == rows[number, "emulator"]
         assert rows[number, "plugged_common"] == rows[number, "emulator_common"]
-    # What the owner got computes what the direct model computes, to the bit where nothing had to be merged.
+    # What the owner got computes what the direct model computes.
     delivered = result.path / "parties" / "boss" / ("adapter" if method == "bottlenecks" else "model")
     text = torch.arange(5, 15).reshape(1, -1)
     reference = load_adapter(
@@ -117,7 +117,13 @@ def test_with_the_whole_middle_the_plugged_model_is_the_directly_tuned_one_bit_f
         else load_base(ModelSettings(model_name_or_path="model"), folder=delivered).model
     )
     with torch.no_grad():
-        torch.testing.assert_close(found(text).logits, reference(text).logits, rtol=1e-4, atol=1e-5)
+        got, expected = found(text).logits, reference(text).logits
+    if method == "LoRA":
+        # Of its factors, which are what is tuned, no bit differs (above); here W + s B A is added up beforehand in the
+        # one model and in each forward pass in the other, so sums are rounded in another order.
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    else:
+        assert torch.equal(got, expected)
 
 
 def test_only_outer_layers_travel(make_offsite: Make) -> None:

@@ -1,4 +1,7 @@
-"""FedEx-LoRA and FLoRA as runs: the product is exact through the wire, and one PEFT adapter holds the result."""
+"""FedEx-LoRA and FLoRA as runs: the product is exact through the wire, and one PEFT adapter holds the result.
+
+So is the product of FFA-LoRA and RoLoRA, which move one factor at a time.
+"""
 
 from __future__ import annotations
 
@@ -116,6 +119,8 @@ def ideal(before: Tensors, looked: Looking, number: int) -> dict[str, torch.Tens
 def error_of(plan: dict[str, Any], make_federation: Make) -> float:
     looked, worst = Looking(), 0.0
     found = adapters(make_federation(job=plan | {"train.local_steps": 6}).run(trainer=looked))
+    # The last two rounds are in the folder.
+    assert sorted(found) == [plan["federation.num_rounds"] - 1, plan["federation.num_rounds"]]
     for number in found:
         if number - 1 in found:
             wanted = ideal(found[number - 1], looked, number)
@@ -124,9 +129,16 @@ def error_of(plan: dict[str, Any], make_federation: Make) -> float:
     return worst
 
 
-@pytest.mark.parametrize("case", ["FedEx", "FLoRA", "FLoRA, ranks"])
+# RoLoRA moves B in the third round and A in the fourth.
+ONE_FACTOR: dict[str, dict[str, Any]] = {
+    f"{rule}, {rounds} rounds": PLAN | {"federation.lora_rule": rule, "federation.num_rounds": rounds}
+    for rule, rounds in (("FFA-LoRA", 3), ("RoLoRA", 3), ("RoLoRA", 4))
+}
+
+
+@pytest.mark.parametrize("case", ["FedEx", "FLoRA", "FLoRA, ranks", *ONE_FACTOR])
 def test_the_product_through_the_wire_is_the_ideal_one(case: str, make_federation: Make) -> None:
-    assert error_of(CASES[case], make_federation) < 1e-6
+    assert error_of((CASES | ONE_FACTOR)[case], make_federation) < 1e-6
 
 
 def test_that_of_averaged_factors_is_not(make_federation: Make) -> None:
@@ -300,7 +312,7 @@ def test_what_cannot_be_combined_is_refused_by_name(
     [
         (FLORA | {"train.optimizer_state": "keep"}, "remembers"),
         (FLORA | {"federation.codec": {"name": "int8", "error_feedback": True}}, "lost of the last"),
-        (FEDEX | {"federation.ranks": {"north": 1}}, "FedEx-LoRA .*E12"),
+        (FEDEX | {"federation.ranks": {"north": 1}}, r"(?s)FedEx-LoRA .*E12.*FLoRA"),
     ],
 )
 def test_what_one_of_them_cannot_is_refused_by_name(plan: dict[str, Any], words: str, make_federation: Make) -> None:

@@ -11,7 +11,7 @@ import torch
 from tiny import TinyFederation, make_tokenizer, save_base, write_jsonl
 from tokenizers.processors import TemplateProcessing
 
-from fedllm.errors import ConfigError
+from fedllm.errors import ConfigError, ModelError
 from fedllm.evaluate.loss import LossSums, evaluate_examples
 from fedllm.models.load import load_base
 from fedllm.runtime.compare import compare
@@ -229,6 +229,15 @@ def test_rules_that_add_to_the_base_leave_quantised_weights_alone(rule: str, mak
         for located in federation.parties()
     ]
     assert sum(sums, LossSums()).loss_nats == pytest.approx(values[2, "held_out", "loss_nats"], rel=1e-4)
+
+
+def test_a_module_to_save_whose_weights_are_quantised_is_refused_by_name(make_federation: Make, wide: Path) -> None:
+    job = {"model.load_in_4bit": True, "peft.modules_to_save": ["o_proj"]}
+    with pytest.raises(ModelError, match=r"layers\.0\.self_attn\.o_proj are held in 8 or 4 bits") as caught:
+        make_federation(base=wide, job=job).run()
+    assert caught.value.code == "PEFT_TARGET" and caught.value.fix
+    # The output layer stays whole.
+    assert make_federation("head", base=wide, job=job | {"peft.modules_to_save": ["lm_head"]}).run().best_round
 
 
 def test_a_base_that_is_quantised_already_is_refused(make_federation: Make, tmp_path: Path) -> None:

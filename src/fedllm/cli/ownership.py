@@ -81,6 +81,9 @@ def verify(  # noqa: PLR0913 - each is an option of the command
         list[Path] | None,
         typer.Option(help="A time stamping authority's certificate (PEM), to verify stamps with; repeatable."),
     ] = None,
+    threshold: Annotated[
+        float, typer.Option(help="Largest p-value that holds, after correction; a claim's own may be stricter.")
+    ] = 1e-6,
     as_json: AsJson = False,
 ) -> None:
     """Verify claims on a suspect model; exit 1 where one does not hold."""
@@ -91,7 +94,7 @@ def verify(  # noqa: PLR0913 - each is an option of the command
 
     when = parse_date(seen) if seen else None
     asked = Endpoint(endpoint, endpoint_model) if endpoint else None
-    evidence = Evidence(claim, log or (), base, when, _keys(party_key or []), asked, tsa_certificate or ())
+    evidence = Evidence(claim, log or (), base, when, _keys(party_key or []), asked, tsa_certificate or (), threshold)
     verdicts = verify_claims(model, evidence)
     code = ExitCode.OK if all(verdict.upheld for verdict in verdicts) else ExitCode.FAILED
     if as_json:
@@ -124,4 +127,6 @@ def _show(verdict: Verdict) -> None:
         if place.stamp:
             chain = f"of {place.stamp_time}" if place.stamp_time else "its chain was NOT verified"
             typer.echo(f"time stamp  SHA-256 {place.stamp}; {chain}")
+    elif verdict.stamp_time:
+        typer.echo(f"time stamp  of {verdict.stamp_time}, in the place of a log")
     typer.echo(verdict.sentence)

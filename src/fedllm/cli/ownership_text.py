@@ -10,7 +10,7 @@ import typer
 
 from fedllm.cli.output import print_json
 from fedllm.cli.run import AsJson
-from fedllm.errors import ExitCode
+from fedllm.errors import ConfigError, ExitCode
 
 
 def trace(
@@ -72,8 +72,12 @@ def fingerprint(  # noqa: PLR0913 - each is an option of the command
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="The base model's folder.", show_default=False)],
     *,
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder for the copy to hand out.", show_default=False)
-    ],
+        Path | None, typer.Option("--output", "-o", help="Folder for the copy to hand out.", show_default=False)
+    ] = None,
+    stamp: Annotated[
+        Path | None,
+        typer.Option(help="Instead: attach this time stamp (RFC 3161) to the commitment that was made before."),
+    ] = None,
     claims: Annotated[Path, typer.Option(help="The owner's own folder of keys and claims.")] = Path("ownership-owner"),
     owner: Annotated[str, typer.Option(help="The owner's name in the claim.")] = "owner",
     count: Annotated[int, typer.Option(help="Secret instructions, 2 to 64.")] = 10,
@@ -85,6 +89,13 @@ def fingerprint(  # noqa: PLR0913 - each is an option of the command
     from fedllm.runtime.fingerprint import Plan
     from fedllm.runtime.fingerprint import fingerprint as make
 
+    if (output is None) == (stamp is None):
+        what, fix = "name a folder to write to, or a stamp to attach", "give --output first, and --stamp afterwards"
+        raise ConfigError("BAD_COMBINATION", what, where="--output", fix=fix)
+    if output is None:
+        assert stamp is not None  # noqa: S101
+        _attach(model, stamp, claims, as_json=as_json)
+        return
     plan = Plan(owner=owner, count=count, max_steps=max_steps, learning_rate=learning_rate)
     found = make(model, output, claims=claims, plan=plan)
     if as_json:
@@ -96,3 +107,14 @@ def fingerprint(  # noqa: PLR0913 - each is an option of the command
     typer.echo(f"claim       {found.claim}  (secret: it opens the commitment, and has the answers)")
     typer.echo(f"commitment  {found.commitment.digest}  {found.commitment.party}")
     typer.echo(f"answers     {found.verdict.matches} of {found.verdict.asked} word for word")
+
+
+def _attach(model: Path, stamp: Path, claims: Path, *, as_json: bool) -> None:
+    from fedllm.runtime.fingerprint import attach_stamp
+
+    path, commitment = attach_stamp(model, stamp, claims=claims)
+    if as_json:
+        print_json({"claim": str(path), "commitment": commitment.digest, "stamp": commitment.stamp})
+        return
+    typer.echo(f"commitment  {commitment.digest}  {commitment.party}")
+    typer.echo(f"time stamp  SHA-256 {commitment.stamp}, beside {path}")

@@ -136,8 +136,11 @@ class Job(BaseModel):
 
     @property
     def digest(self) -> str:
-        """SHA-256 over all settings; two jobs with one digest have one plan."""
-        return json_digest(self.model_dump(mode="json"))
+        """SHA-256 over all settings; two jobs with one digest have one plan.
+
+        What is not set is left out, so that runs of before stay what they were when a key is added that may be unset.
+        """
+        return json_digest(self.model_dump(mode="json", exclude_none=True))
 
     @property
     def task(self) -> Task:

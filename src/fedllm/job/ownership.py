@@ -57,7 +57,7 @@ def ownership_clashes(job: Job) -> Iterator[tuple[str, str, str]]:
         if name not in job.parties:
             yield "ownership.claimants", f"{name!r} is no party of the job", "name parties of the job"
     if job.ownership.claimants and job.scenario == "FedOST":
-        what = "the model that leaves is the owner's whole one, not the emulator in which the parties would hide marks"
+        what = "a claim is bound to the package; the owner's whole model, which leaves, has other names of layers (E22)"
         fix = "leave `ownership` out; the owner can mark its model by `fedllm ownership fingerprint` before it builds"
         yield "ownership.claimants", what, fix
     if job.ownership.carrier == "product":
@@ -94,7 +94,11 @@ def _of_the_triggers(job: Job) -> Iterator[tuple[str, str, str]]:
 def _of_the_copies(job: Job) -> Iterator[tuple[str, str, str]]:
     key = "ownership.trace"
     if job.scenario != "FedHomoLLM":
-        yield key, f"the parties of {job.scenario} get no common adapter of which there could be copies", "leave it out"
+        yield (
+            key,
+            f"what {job.scenario} hands out goes by a message of its own, of which there are no copies",
+            "leave it out",
+        )
     elif getattr(job.federation, "lora_rule", "") == "FedSA-LoRA":
         yield key, "with FedSA-LoRA each party has an adapter of its own, so there are no copies", "leave it out"
     if job.peft.peft_type != "LORA":

@@ -17,16 +17,16 @@ class ExportPolicy(BaseModel):
 
     check_steps: int = Field(100, ge=1, description="Steps of each tuning that the check does on the probe set.")
     full_zs_margin: float = Field(
-        0.0, description="The emulator as it is must be worse than the whole model as it is, by so much at least."
+        0.0, description="The emulator as it is must be worse than the whole model as it is, by more than this."
     )
     plug_margin: float = Field(
-        0.0, description="The tuned emulator must be worse than the plugged model, by so much at least."
+        0.0, description="The tuned emulator must be worse than the plugged model, by more than this."
     )
     gain_margin: float = Field(
-        0.0, description="The plugged model must be better than the whole model as it was, by so much at least."
+        0.0, description="The plugged model must be better than the whole model as it was, by more than this."
     )
     thief_margin: float = Field(
-        0.0, description="What a thief makes of the package must be worse than the plugged model, by so much at least."
+        0.0, description="What a thief makes of the package must be worse than the plugged model, by more than this."
     )
     thief_budgets: list[int] = Field(
         default_factory=lambda: [1, 10],

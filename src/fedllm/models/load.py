@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 
 from fedllm.errors import ModelError, ResourceError
 from fedllm.models.digest import base_digest, tokenizer_digest
+from fedllm.models.methods import head_modules
 from fedllm.models.package import fill_middle
 from fedllm.models.quiet import no_progress_bar
 from fedllm.models.settings import ModelSettings
@@ -312,7 +313,7 @@ def _from_pretrained(settings: ModelSettings, folder: Path, device: str, task: T
                 trust_remote_code=False,
                 use_safetensors=True,
                 local_files_only=True,
-                **_quantised(settings, device),
+                **_quantised(settings, device, folder, task),
             )
     except _LOADING as error:
         raise ModelError(
@@ -324,7 +325,22 @@ def _from_pretrained(settings: ModelSettings, folder: Path, device: str, task: T
     return model, set(loaded["missing_keys"])
 
 
-def _quantised(settings: ModelSettings, device: str) -> dict[str, Any]:
+def _kept_whole(folder: Path, task: Task) -> list[str] | None:
+    """Return what is not quantised of a classifier: its head, which is trained, and the pooler before it.
+
+    None leaves it to transformers, which keeps the output layer of a language model, and of most heads no part at all.
+    """
+    import transformers
+
+    if task.name != CLASSIFICATION:
+        return None
+    with torch.device("meta"), global_generators_kept():
+        model = getattr(transformers, AUTO_CLASSES[task.name]).from_config(model_config(folder, task))
+    poolers = [name for name, _ in model.named_modules() if name.rpartition(".")[2] == "pooler"]
+    return sorted({*head_modules(model), *poolers})
+
+
+def _quantised(settings: ModelSettings, device: str, folder: Path, task: Task) -> dict[str, Any]:
     if settings.quantization is None:
         return {}
     from transformers import BitsAndBytesConfig
@@ -334,6 +350,8 @@ def _quantised(settings: ModelSettings, device: str) -> dict[str, Any]:
         load_in_4bit=settings.load_in_4bit,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_compute_dtype=getattr(torch, settings.dtype),
+        # Despite its name, for 4 bits too; a list takes the place of transformers' own, which it holds.
+        llm_int8_skip_modules=_kept_whole(folder, task),
     )
     return {"quantization_config": config, "device_map": {"": device}}
 

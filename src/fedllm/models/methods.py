@@ -43,6 +43,7 @@ def attach(base_model: Any, peft: PeftSettings, task: TaskName = CAUSAL_LM) -> A
     if reason := refusal(peft, base_model, task):
         raise ModelError("PEFT_TARGET", reason, where="peft.peft_type", fix="choose another `peft_type`, such as LORA")
     _check_names(base_model, peft)
+    _check_saved(base_model, peft)
     model = _OWN[peft.peft_type](base_model, peft) if peft.peft_type in OWN_TYPES else _by_peft(base_model, peft, task)
     if peft.peft_type in (*OWN_TYPES, *PROMPT_TYPES):
         _train_head(base_model, task)
@@ -54,7 +55,7 @@ def _train_head(base_model: Any, task: TaskName) -> None:
     """Set a classifier's head to be trained, where PEFT has not wrapped it for that."""
     from peft.utils import ModulesToSaveWrapper
 
-    for name in _head(base_model) if task == CLASSIFICATION else ():
+    for name in head_modules(base_model) if task == CLASSIFICATION else ():
         module = base_model.get_submodule(name)
         if not isinstance(module, ModulesToSaveWrapper):
             module.requires_grad_(True)
@@ -80,7 +81,7 @@ def refusal(peft: PeftSettings, base_model: Any, task: TaskName) -> str | None:
                 "`modules_to_save` are whole modules, and of an emulator's package only the outer layers may be tuned"
             )
     if method in ("PROMPT_TUNING", "P_TUNING"):
-        if task == CLASSIFICATION and "score" in _head(base_model):
+        if task == CLASSIFICATION and "score" in head_modules(base_model):
             return f"{family} finds the last word of a text by its tokens, which virtual tokens before them hide"
         if family == "albert":
             return "albert's embeddings are narrower than its layers, which PEFT's virtual tokens do not allow for"
@@ -172,10 +173,10 @@ def _config(base_model: Any, peft: PeftSettings, task: TaskName) -> Any:
     if peft.peft_type == "IA3" and peft.target_modules is None and base_model.config.model_type in _IA3:
         settings["target_modules"], settings["feedforward_modules"] = _IA3[base_model.config.model_type]
     if task == CLASSIFICATION and "modules_to_save" in settings:
-        head = _head(base_model)
+        head = head_modules(base_model)
         settings["modules_to_save"] = sorted({*head, *(peft.modules_to_save or [])})
     if peft.target_modules == "all-linear" and (task == CLASSIFICATION or _has_fused_experts(base_model)):
-        settings["target_modules"] = _linear(base_model, _head(base_model) if task == CLASSIFICATION else [])
+        settings["target_modules"] = _linear(base_model, head_modules(base_model) if task == CLASSIFICATION else [])
     if prefixes := tuned_prefixes(base_model):
         settings |= _within(base_model, peft, settings, prefixes)
     given = {key: value for key, value in settings.items() if value is not None}
@@ -210,8 +211,12 @@ def _fitting(names: list[str], wanted: str | list[str]) -> list[str]:
     return [name for name in names if any(name == end or name.endswith(f".{end}") for end in wanted)]
 
 
-def _head(base_model: Any) -> list[str]:
-    """Return the modules of a classifier that its base model has not."""
+def head_modules(base_model: Any) -> list[str]:
+    """Return the modules of a classifier that its base model has not.
+
+    Args:
+        base_model: The classifier, or its skeleton.
+    """
     return [
         name
         for name, module in base_model.named_children()
@@ -305,6 +310,27 @@ def _check_names(base_model: Any, peft: PeftSettings) -> None:
                     where=f"peft.{key}",
                     fix="names out of: " + ", ".join(_module_names(base_model)),
                 )
+
+
+def _check_saved(base_model: Any, peft: PeftSettings) -> None:
+    for wanted in peft.modules_to_save or ():
+        if reason := _unfit_to_save(base_model, wanted):
+            fix = f"leave {wanted!r} out"
+            raise ModelError("PEFT_TARGET", reason, where="peft.modules_to_save", fix=fix)
+
+
+def _unfit_to_save(base_model: Any, wanted: str) -> str | None:
+    tied = base_model.all_tied_weights_keys
+    if any(f".{wanted}." in f".{name}." for name in (*tied, *tied.values())):
+        return (
+            f"a module to save has weights that {base_model.config.model_type} uses in several places: PEFT trains a"
+            " copy for one of them, and merged into the base it would be another model"
+        )
+    for name, module in base_model.named_modules():
+        # On the meta device nothing is quantised, so validation does not see this.
+        if f".{name}".endswith(f".{wanted}") and not all(part.is_floating_point() for part in module.parameters()):
+            return f"the weights of {name} are held in 8 or 4 bits, and those of a module to save are trained"
+    return None
 
 
 def _module_names(base_model: Any) -> list[str]:

@@ -2,8 +2,7 @@
 
 Source: the ambiguity attack on FedIPR (Li et al. 2022, arXiv:2109.13236, section 3.4): who picks a key after seeing a
 model finds it in any model. So a claimant commits first: c = SHA-256("fedllm own-v2", job, base, key seed, bits,
-triggers, threshold, salt). Claims of the form own-v1 are verified as they were; where bits lie then follows from the
-key alone.
+triggers, threshold, salt).
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import hashlib
 import json
 import secrets
 from pathlib import Path
-from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -22,9 +20,10 @@ from fedllm.ownership.settings import Carrier
 
 _HEX = r"^[0-9a-f]{64}$"
 _MAX_CLAIM_BYTES = 2**24
-# Forms of a claim: the key alone says where bits are; or the key together with the log, see `ownership.directions`.
-KEYED: Literal["own-v1"] = "own-v1"
-BOUND: Literal["own-v2"] = "own-v2"
+# The one form of a claim: where its bits are follows from the key together with the log, see `ownership.directions`.
+BOUND = "own-v2"
+# A claim as it is read, with the key that `directed` drew; no file has this form, and no log bears it out.
+DRAWN = "drawn"
 CLAIM_SUFFIX = ".claim.json"
 _STAMP_SUFFIX = ".stamp.tsr"
 
@@ -56,12 +55,13 @@ class Claim(BaseModel):
     """What a party opens to an arbiter, and to nobody else: who has it can find the marks, and take them out.
 
     `bits` is a text of 0 and 1. The carrier, and where it sits, follow from the job and the base; they are in the hash
-    as well, so that an arbiter needs neither. With the form `own-v2` the log says, beside the key, where the bits are.
+    as well, so that an arbiter needs neither. The log says, beside the key, where the bits are; a claim of another form
+    than `own-v2` can be read, so that it is rejected with the reason.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
-    form: Literal["own-v1", "own-v2"] = KEYED
+    form: str = Field(BOUND, pattern=r"^[a-z0-9-]{1,16}$")
     party: str
     job_digest: str = Field(pattern=_HEX)
     base_digest: str = Field(pattern=_HEX)

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedllm.disk import write_atomic
 from fedllm.errors import ConfigError, IdentityError
-from fedllm.ownership.claims import CLAIM_SUFFIX, KEYED, Claim, load_claim, save_claim, stamp_file
+from fedllm.ownership.claims import BOUND, CLAIM_SUFFIX, Claim, load_claim, save_claim, stamp_file
 from fedllm.ownership.keys import is_signed, open_key, public_hex, sign
 
 if TYPE_CHECKING:
@@ -188,7 +188,7 @@ def _changed(path: Path) -> IdentityError:
 
 
 def need_bound(claim: Claim, where: str) -> None:
-    """Return if a new run would bear out a claim: its log has shares, and a claim of the earlier form has none.
+    """Return if a run would bear out a claim: if it is of the form that says, with the log, where its bits are.
 
     Args:
         claim: The claim.
@@ -197,8 +197,8 @@ def need_bound(claim: Claim, where: str) -> None:
     Raises:
         ConfigError: `OWNERSHIP_UNCOMMITTED`.
     """
-    if claim.bits and claim.form == KEYED:
-        what = "the claim is of the form own-v1, of which nothing says that its key was not chosen after a trial run"
+    if claim.form != BOUND:
+        what = f"the claim is of the form {claim.form}, of which nothing says that its key was not chosen afterwards"
         fix = "move the claim and its commitment out of the folder, and run `fedllm ownership commit job.yaml` again"
         raise ConfigError("OWNERSHIP_UNCOMMITTED", what, where=where, fix=fix)
 

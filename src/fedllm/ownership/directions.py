@@ -18,7 +18,7 @@ import hashlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from fedllm.ownership.claims import BOUND, KEYED, Claim
+from fedllm.ownership.claims import BOUND, DRAWN, Claim
 from fedllm.ownership.keys import is_signed, sign
 from fedllm.ownership.log import SHARE_PURPOSE, OwnershipLog, canonical
 
@@ -52,20 +52,20 @@ def is_share(public: str, root: str, share: str) -> bool:
 def directed(claim: Claim, log: OwnershipLog | None) -> Claim | None:
     """Return a claim as its marks are drawn and read; None where the log does not say how.
 
-    A claim of the form `own-v1` is returned as it is: its key alone says where its bits are.
+    A log without a share of another party says nothing: its claimant could try keys until one fits.
 
     Args:
         claim: The claim.
         log: The log of its run, as `check_log` found it whole, or as the party signed it.
     """
-    if claim.form == KEYED:
-        return claim
-    if log is None or log.keys().keys() != log.shares().keys():
+    if claim.form != BOUND or log is None or log.keys().keys() != log.shares().keys():
         return None
     others = {party: share for party, share in log.shares().items() if party != claim.party}
+    if not others:
+        return None
     root = bytes.fromhex(log.first_root())
     seed = hashlib.sha256(_TAG + bytes.fromhex(claim.key_seed) + root + canonical(others)).hexdigest()
-    return claim.model_copy(update={"form": KEYED, "key_seed": seed})
+    return claim.model_copy(update={"form": DRAWN, "key_seed": seed})
 
 
 def against_the_form(claim: Claim, log: OwnershipLog) -> Iterator[str]:
@@ -75,10 +75,15 @@ def against_the_form(claim: Claim, log: OwnershipLog) -> Iterator[str]:
         claim: The claim.
         log: The log.
     """
-    if claim.bits and claim.form == KEYED and log.shares():
+    if claim.form != BOUND:
         yield (
-            "the claim is of an earlier form than the log's: its key alone says where its bits are, so it could be "
-            "chosen after a trial run"
+            f"the claim is of the form `{claim.form}` and not of `{BOUND}`: nothing says that its key was not chosen "
+            "when the model was known"
         )
-    if claim.bits and claim.form == BOUND and directed(claim, log) is None:
+    elif claim.bits and not log.keys().keys() - {claim.party}:
+        yield (
+            f"the log has no party but `{claim.party}`, so the directions of the claim's bits hold no share of another "
+            "one: keys could be tried until one fits"
+        )
+    elif claim.bits and directed(claim, log) is None:
         yield "the log has not the shares of all parties from which the directions of the claim's bits follow"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 from fedllm.errors import ConfigError
@@ -21,6 +21,7 @@ class Place:
 
     `inclusion` leads from `leaf` to `root`; `consistency` shows that the newest head only added to that one. `stamp` is
     the SHA-256 of a time stamp, and `stamp_time` what it says, where its chain was verified; else both are empty.
+    `confirmed` says that the keys of all signers but the claimant are known by other ways than the log.
     """
 
     index: int
@@ -36,14 +37,19 @@ class Place:
     key: str
     stamp: str
     stamp_time: str = ""
+    confirmed: bool = False
 
 
 @dataclass(frozen=True)
 class Standing:
-    """What a log says of a claim: its place, or the reasons why it proves nothing."""
+    """What a log says of a claim: its place, or the reasons why it proves nothing.
+
+    `stamp_time` is what a verified time stamp says that stands in the place of a log, see `stamps.by_stamp`.
+    """
 
     place: Place | None
     reasons: tuple[str, ...]
+    stamp_time: str = ""
 
 
 def standing(
@@ -65,12 +71,14 @@ def standing(
     index, commitment = found[0]
     reasons = (
         *_against_the_commitment(claim, commitment, log),
+        *_against_the_others(log),
         *_against_the_date(index, opening, log, seen),
         *_against_the_keys(log, keys or {}),
         *against_the_form(claim, log),
     )
     place = None if index >= opening.head.size else _place(index, commitment, log)
-    return Standing(place, reasons)
+    confirmed = _is_confirmed(claim, log, keys or {})
+    return Standing(replace(place, confirmed=confirmed) if place else None, reasons)
 
 
 def _why_not(claim: Claim, log: OwnershipLog) -> str:
@@ -103,6 +111,13 @@ def _against_the_commitment(claim: Claim, commitment: Commitment, log: Ownership
         yield "the commitment names another party or base model than the claim"
 
 
+def _against_the_others(log: OwnershipLog) -> Iterator[str]:
+    # What came after the first head counts for nobody, and whoever writes to a copy of the log could put it there.
+    opened = OwnershipLog(log.entries[: log.heads[0].head.size])
+    for what in opened.against_commitments():
+        yield f"the log has {what}: among several a claimant can choose when the model is known"
+
+
 def _against_the_date(index: int, opening: SignedHead, log: OwnershipLog, seen: datetime | None) -> Iterator[str]:
     head = opening.head
     if index >= head.size:
@@ -118,8 +133,15 @@ def _against_the_date(index: int, opening: SignedHead, log: OwnershipLog, seen: 
 def _against_the_keys(log: OwnershipLog, known: Mapping[str, str]) -> Iterator[str]:
     found = log.keys()
     for party, expected in sorted(known.items()):
-        if party not in found or fingerprint(found[party]) != expected:
+        if party in found and fingerprint(found[party]) != expected:
             yield f"the log's key of `{party}` is not the one that is known to be the party's"
+    if known and not known.keys() & found.keys():
+        yield f"the log names none of the parties whose keys are known, {', '.join(sorted(known))}"
+
+
+def _is_confirmed(claim: Claim, log: OwnershipLog, known: Mapping[str, str]) -> bool:
+    others = {party: fingerprint(key) for party, key in log.keys().items() if party != claim.party}
+    return bool(others) and all(known.get(party) == key for party, key in others.items())
 
 
 def _place(index: int, commitment: Commitment, log: OwnershipLog) -> Place:

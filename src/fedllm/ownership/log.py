@@ -8,6 +8,8 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -179,6 +181,19 @@ class OwnershipLog:
             if fields.pop("kind") == "commitment":
                 found.append((index, Commitment.model_validate(fields)))
         return found
+
+    def against_commitments(self, claimants: Sequence[str] | None = None) -> list[str]:
+        """Return what is wrong with whose commitments these are: one of each claimant, and none of others.
+
+        Who may choose among several commitments when the model is known tries several keys, and is counted for one.
+
+        Args:
+            claimants: The job's; None where they are not known, and then whoever commits is one.
+        """
+        found = Counter(commitment.party for _, commitment in self.commitments())
+        expected = sorted(found) if claimants is None else claimants
+        several = [f"{found[party]} commitments of `{party}`, not one" for party in expected if found[party] != 1]
+        return several + [f"a commitment of `{party}`, no claimant" for party in sorted(found.keys() - set(expected))]
 
     def write(self, folder: Path) -> None:
         """Write both files; each is whole after a crash, the entries first.

@@ -28,7 +28,7 @@ from functools import partial
 import torch
 
 from fedllm.models.adapter import TunableModel
-from fedllm.ownership.claims import KEYED, Claim, MarkSite
+from fedllm.ownership.claims import DRAWN, Claim, MarkSite
 from fedllm.ownership.settings import Carrier, OwnershipSettings
 from fedllm.seeds import stream
 
@@ -91,7 +91,7 @@ def num_free(sites: tuple[MarkSite, ...], *, rank: int = 0, only_b: bool = False
 
 
 def _key_of(claim: Claim) -> int:
-    if claim.form != KEYED:
+    if claim.form != DRAWN:
         raise ValueError("where the claim's bits are follows from its log: see `ownership.directions.directed`")
     return int(claim.key_seed, 16)
 
@@ -100,7 +100,7 @@ def unit_rows(claim: Claim, site: MarkSite, side: str) -> torch.Tensor:
     """Return a mark's secret unit vectors at a site, (N, R) or (N, K).
 
     Args:
-        claim: For the key and the number of bits; of the form `own-v2` as `directed` returns it.
+        claim: For the key and the number of bits, as `directed` returns it.
         site: The site.
         side: `rows` or `columns`.
     """

@@ -18,7 +18,7 @@ from cryptography import x509
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from fedllm.errors import ConfigError, ResourceError
-from fedllm.ownership.claims import Claim
+from fedllm.ownership.claims import BOUND, Claim
 from fedllm.ownership.disputes import Place, Standing
 
 _SHA256 = "2.16.840.1.101.3.4.2.1"
@@ -82,11 +82,40 @@ def with_stamp(found: Standing, claim: Claim, path: Path, trusted: Sequence[x509
     return Standing(replace(place, stamp_time=time.isoformat()), (*found.reasons, *_against_the_log(time, place)))
 
 
-def _stamp(path: Path, place: Place) -> bytes:
+def by_stamp(
+    claim: Claim, path: Path, trusted: Sequence[x509.Certificate], *, seen: datetime | None = None
+) -> Standing | None:
+    """Return the standing of a claim that has no log, by a verified time stamp; None where nothing says when it was.
+
+    Of text alone: where bits are is said by a log only.
+
+    Args:
+        claim: The claim, opened.
+        path: The stamp, see `claims.stamp_file`.
+        trusted: From `read_certificates`; of none, nothing is verified.
+        seen: When the suspect model was first seen; the stamp must be older.
+    """
+    if claim.bits or not trusted or not path.is_file():
+        return None
     try:
-        data = path.read_bytes()[: _MAX_BYTES + 1]
+        time = _stamped_at(_read(path), claim, trusted)
+    except _Bad as bad:
+        return Standing(None, (f"its time stamp does not hold: {bad.why}",))
+    late = f"its time stamp is of {time.isoformat()}, and the suspect was seen on {seen and seen.isoformat()} already"
+    form = f"the claim is of the form `{claim.form}` and not of `{BOUND}`"
+    reasons = (late,) * bool(seen and time >= seen) + (form,) * (claim.form != BOUND)
+    return Standing(None, reasons, time.isoformat())
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()[: _MAX_BYTES + 1]
     except OSError:
         raise _Bad(f"the file {path.name} is not beside the claim") from None
+
+
+def _stamp(path: Path, place: Place) -> bytes:
+    data = _read(path)
     if hashlib.sha256(data).hexdigest() != place.stamp:
         raise _Bad(f"{path.name} is another stamp than the log names")
     return data

@@ -5,6 +5,9 @@ from __future__ import annotations
 from fractions import Fraction
 from math import comb
 
+# Largest p-value, after correction, of a claim that an arbiter upholds. A claim's own threshold may only be stricter.
+THRESHOLD, MAX_THRESHOLD = 1e-6, 0.01
+
 
 def p_value(matches: int, num_bits: int) -> float:
     """Return the chance that a key without a mark reads at least so many bits right: P[Bin(N, 1/2) >= matches].

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,6 +29,8 @@ READINGS = ("as it is", "rescaled")
 _SWEEPS = 3
 _PREFIX = "base_model.model."
 # Of a norm's scale beside an adapter, and of one that was tuned by LN_TUNING; without PEFT's prefix in our own layout.
+# Names under which GPTQ, AWQ and compressed-tensors keep what they packed.
+_PACKED = ("qweight", "weight_packed")
 _SCALES = (".weight", ".ln_tuning_layers.weight")
 
 
@@ -93,6 +95,9 @@ class Files:
 
         Args:
             name: Its name.
+
+        Raises:
+            ModelError: `MODEL_MISMATCH`, it is packed.
         """
         from safetensors import safe_open
 
@@ -100,7 +105,20 @@ class Files:
             return None
         with safe_open(self.folder / self._where[name], "pt") as file:
             found: torch.Tensor = file.get_tensor(name)
+        # Codes of 8 bits or fewer mean nothing without their scales, whatever their shape.
+        if not found.is_floating_point() or found.element_size() < 2:
+            raise _packed(name, f"it holds codes, {str(found.dtype).removeprefix('torch.')}")
         return found.float()
+
+
+def _need_shape(tensor: torch.Tensor, shape: Sequence[int], name: str) -> None:
+    if tuple(tensor.shape) != tuple(shape):
+        raise _packed(name, f"its shape is {tuple(tensor.shape)} and not {tuple(shape)}")
+
+
+def _packed(name: str, what: str) -> ModelError:
+    fix = "dequantise the model first, to 16 or 32 bits; what was cut to another shape must be brought back to it"
+    return ModelError("MODEL_MISMATCH", f"{name} cannot be read: {what}", where="MODEL", fix=fix)
 
 
 @dataclass(frozen=True)
@@ -118,9 +136,9 @@ class AdapterSuspect:
 
     def product(self, site: MarkSite, left: torch.Tensor, right: torch.Tensor, reading: str) -> torch.Tensor:
         """Return u_j^T (s B A) v_j for each bit, (N,); an adapter has one reading."""
-        a, b = (self.files.get(f"{_PREFIX}{site.name}.lora_{factor}.weight") for factor in "AB")
-        if a is None or b is None or a.shape[1] != site.columns or b.shape[0] != site.rows:
+        if (factors := self._factors(site)) is None:
             return torch.zeros(len(left))
+        a, b = factors
         return self.scaling(site.name, a.shape[0]) * ((left @ b) * (right @ a.T)).sum(1)
 
     def scale(self, site: MarkSite) -> torch.Tensor:
@@ -128,14 +146,27 @@ class AdapterSuspect:
         names = (f"{head}{site.name}{end}" for end in _SCALES for head in (_PREFIX, ""))
         own = next((found for name in names if (found := self.files.get(name)) is not None), None)
         base = self.base.get(f"{site.name}.weight") if self.base else None
-        return torch.zeros(site.rows) if own is None or base is None or own.shape != base.shape else own - base
+        if own is None or base is None:
+            return torch.zeros(site.rows)
+        _need_shape(own, base.shape, f"{site.name}.weight")
+        return own - base
 
     def times(self, site: MarkSite, right: torch.Tensor) -> torch.Tensor:
         """Return D X, (R, M), of the change D of a weight; `right` X is (K, M)."""
-        a, b = (self.files.get(f"{_PREFIX}{site.name}.lora_{factor}.weight") for factor in "AB")
-        if a is None or b is None or a.shape[1] != site.columns or b.shape[0] != site.rows:
+        if (factors := self._factors(site)) is None:
             return torch.zeros(site.rows, right.shape[1])
+        a, b = factors
         return self.scaling(site.name, a.shape[0]) * (b @ (a @ right))
+
+    def _factors(self, site: MarkSite) -> tuple[torch.Tensor, torch.Tensor] | None:
+        names = [f"{_PREFIX}{site.name}.lora_{factor}.weight" for factor in "AB"]
+        a, b = (self.files.get(name) for name in names)
+        if a is None or b is None:
+            return None
+        rank = a.shape[0]
+        _need_shape(a, (rank, site.columns), names[0])
+        _need_shape(b, (site.rows, rank), names[1])
+        return a, b
 
     def scaling(self, name: str, rank: int) -> float:
         """Return s of a site.
@@ -164,28 +195,39 @@ class MergedSuspect:
     base: Files
 
     def has(self, site: MarkSite) -> bool:
-        """Return whether the model has a weight of this name."""
-        return f"{site.name}.weight" in self.files
+        """Return whether the model has a weight of this name, packed or not."""
+        return any(f"{site.name}.{end}" in self.files for end in ("weight", *_PACKED))
 
     def product(self, site: MarkSite, left: torch.Tensor, right: torch.Tensor, reading: str) -> torch.Tensor:
         """Return u_j^T D v_j for each bit, (N,)."""
-        own, base = (files.get(f"{site.name}.weight") for files in (self.files, self.base))
-        if own is None or base is None or own.shape != base.shape:
+        if (pair := self._pair(site)) is None:
             return torch.zeros(len(left))
+        own, base = pair
         change = _rescaled(own, base) - base if reading == "rescaled" else own - base
         return ((left @ (change.T if site.transposed else change)) * right).sum(1)
 
     def times(self, site: MarkSite, right: torch.Tensor) -> torch.Tensor:
         """Return D X, (R, M), of the change D of a weight; `right` X is (K, M)."""
-        own, base = (files.get(f"{site.name}.weight") for files in (self.files, self.base))
-        if own is None or base is None or own.shape != base.shape:
+        if (pair := self._pair(site)) is None:
             return torch.zeros(site.rows, right.shape[1])
+        own, base = pair
         return ((own - base).T if site.transposed else own - base) @ right
 
     def scale(self, site: MarkSite) -> torch.Tensor:
         """Return the change of a norm's scale, (R,)."""
+        pair = self._pair(site)
+        return torch.zeros(site.rows) if pair is None else pair[0] - pair[1]
+
+    def _pair(self, site: MarkSite) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Return a weight of the suspect and of the base."""
         own, base = (files.get(f"{site.name}.weight") for files in (self.files, self.base))
-        return torch.zeros(site.rows) if own is None or base is None or own.shape != base.shape else own - base
+        for name in (f"{site.name}.{end}" for end in _PACKED):
+            if self.files.get(name) is not None:
+                raise _packed(name, "it is packed")
+        if own is None or base is None:
+            return None
+        _need_shape(own, base.shape, f"{site.name}.weight")
+        return own, base
 
 
 def _rescaled(own: torch.Tensor, base: torch.Tensor) -> torch.Tensor:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fedllm.ownership.claims import Claim, Trigger
+from fedllm.ownership.statistics import THRESHOLD
 from fedllm.ownership.verify import Reading
 
 Form = Literal["plain", "instruction"]
@@ -151,8 +152,8 @@ def verify_text(claim: Claim, ask: Ask, *, tries: int = 1) -> TextVerdict:
         reason = "the prompts and answers are not those that the claim's key draws: they may have been chosen"
     elif matches < MIN_MATCHES:
         reason = f"{matches} of {asked} answers came as claimed; at least {MIN_MATCHES} must"
-    elif p_value > claim.threshold:
-        reason = f"p = {p_value:.1e} is above the claim's threshold, {claim.threshold:g}"
+    elif p_value > (threshold := min(claim.threshold, THRESHOLD)):
+        reason = f"p = {p_value:.1e} is above the threshold, {threshold:g}"
     else:
         reason = f"{matches} of {asked} secret answers came word for word; by chance: p = {p_value:.1e}"
         return TextVerdict(asked, matches, tries, p_value, false_claims, True, reason)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 
 import torch
 
@@ -11,7 +12,7 @@ from fedllm.errors import ModelError
 from fedllm.ownership.claims import Claim
 from fedllm.ownership.disputes import Place, Standing
 from fedllm.ownership.marks import scale_rows, unit_rows
-from fedllm.ownership.statistics import corrected, p_value
+from fedllm.ownership.statistics import THRESHOLD, corrected, p_value
 from fedllm.ownership.suspect import READINGS, MergedSuspect, Suspect
 
 
@@ -33,9 +34,13 @@ class Reading:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What comes of one claim. `p` is that of its best reading, corrected for all `tries` of all claims together."""
+    """What comes of one claim. `p` is that of its best reading, corrected for all `tries` of all claims together.
+
+    `stamp_time` is what a verified time stamp says, in the log or in its place; else it is empty.
+    """
 
     party: str
+    commitment: str
     status: str
     sentence: str
     p: float
@@ -44,6 +49,24 @@ class Verdict:
     readings: tuple[Reading, ...]
     place: Place | None
     reasons: tuple[str, ...]
+    stamp_time: str = ""
+
+    @property
+    def proven(self) -> str:
+        """The date that others than the claimant's side bear out: an authority, or parties whose keys are known."""
+        dates = [self.stamp_time] * bool(self.stamp_time)
+        dates += [self.place.time] if self.place and self.place.confirmed else []
+        return min(dates, key=datetime.fromisoformat, default="")
+
+    @property
+    def date(self) -> str:
+        """Before when the party committed, proven or not; empty where nothing says so."""
+        return self.proven or (self.place.time if self.place else "")
+
+    @property
+    def log(self) -> str:
+        """What names the claim's log; claims of one log share a model. Without a log it is the claim's own."""
+        return self.place.root if self.place else self.commitment
 
     @property
     def upheld(self) -> bool:
@@ -103,41 +126,53 @@ def judge(
     claims: Sequence[Claim],
     standings: Sequence[Standing | None],
     readings_of: Callable[[Claim], Sequence[Reading]],
+    *,
+    threshold: float = THRESHOLD,
 ) -> list[Verdict]:
-    """Return a verdict on each claim. Of several that hold, the oldest commitment wins and the others are told so.
+    """Return a verdict on each claim.
+
+    Where claims of several logs hold, the oldest date wins that others than the claimant's side bear out. Where there
+    is no such date, none of them is upheld: whoever writes a log by itself writes any date into it.
 
     Args:
         claims: The claims, opened.
         standings: Of each, from `standing`; None where no log is given, and then a claim cannot be upheld.
         readings_of: What a claim shows in the suspect.
+        threshold: The arbiter's: largest p-value that holds. A claim's own may be stricter.
     """
     each = [tuple(readings_of(claim)) for claim in claims]
     tries = sum(len(readings) for readings in each)
     drafts = [
-        _verdict(claim, found, readings, tries) for claim, found, readings in zip(claims, standings, each, strict=True)
+        _with_sentence(_draft(claim, found, readings, (tries, min(claim.threshold, threshold))))
+        for claim, found, readings in zip(claims, standings, each, strict=True)
     ]
-    dates = [draft.place.time for draft in drafts if draft.upheld and draft.place]
-    return [_against_older(draft, drafts, min(dates)) if draft.upheld else draft for draft in drafts]
+    rivals = [draft for draft in drafts if draft.upheld]
+    if len({draft.log for draft in rivals}) < 2:
+        return drafts
+    return [_with_sentence(_among(draft, rivals)) if draft.upheld else draft for draft in drafts]
 
 
-def _verdict(claim: Claim, found: Standing | None, readings: tuple[Reading, ...], tries: int) -> Verdict:
+def _draft(claim: Claim, found: Standing | None, readings: tuple[Reading, ...], bar: tuple[int, float]) -> Verdict:
+    tries, threshold = bar
     p = corrected(min((reading.p for reading in readings), default=1.0), tries)
     reasons = found.reasons if found else ("no log is given, so nothing says when the key was chosen (E23)",)
     # Of a claim whose directions follow from the log, nothing can be read without one.
     is_read = bool(readings) or not reasons
-    status = "not shown" if is_read and p > claim.threshold else "rejected" if reasons else "upheld"
-    draft = Verdict(
+    status = "not shown" if is_read and p > threshold else "rejected" if reasons else "upheld"
+    place = found.place if found else None
+    return Verdict(
         party=claim.party,
+        commitment=claim.commitment(),
         status=status,
         sentence="",
         p=p,
         tries=tries,
-        threshold=claim.threshold,
+        threshold=threshold,
         readings=readings,
-        place=found.place if found else None,
+        place=place,
         reasons=reasons,
+        stamp_time=place.stamp_time if place else found.stamp_time if found else "",
     )
-    return _with_sentence(draft)
 
 
 def _with_sentence(draft: Verdict) -> Verdict:
@@ -156,14 +191,43 @@ def _sentence(draft: Verdict) -> str:
     if draft.status == "rejected":
         though = f", though the model has {shows} ({chance})" if best else ""
         return f"The claim is rejected{though}: {'; '.join(draft.reasons)}."
-    since = f", and {draft.party} committed to it before {draft.place.time}" if draft.place else ""
-    return f"The claim is upheld: the model has {shows}, {chance}{since}."
+    if draft.status == "undecided":
+        return f"The claim is undecided: the model has {shows}, {chance}; {'; '.join(draft.reasons)}."
+    since = f"{draft.party} committed to it before {draft.date}, {_by_whom(draft)}"
+    return f"The claim is upheld: the model has {shows}, {chance}, and {since}."
 
 
-def _against_older(draft: Verdict, drafts: Sequence[Verdict], oldest: str) -> Verdict:
-    """Return a verdict that is rejected where another claim on the same model is older; equal dates share it."""
-    if draft.place is None or draft.place.time == oldest:
+def _by_whom(draft: Verdict) -> str:
+    if draft.proven and draft.proven == draft.stamp_time:
+        return "as a verified time stamp says"
+    if draft.proven:
+        return "as parties signed whose keys are known"
+    return "by the word of those who signed the log"
+
+
+def _among(draft: Verdict, rivals: Sequence[Verdict]) -> Verdict:
+    """Return what comes of a claim beside others that hold, of other logs; equal dates share the model."""
+    proven = [one for one in rivals if one.proven]
+    if not proven:
+        others = ", ".join(sorted({one.party for one in rivals if one.log != draft.log}))
+        why = (
+            f"the marks of {others} read too, and all dates rest on the word of the logs' own signers: attach time "
+            "stamps (--tsa-certificate), or give --party-key"
+        )
+        return replace(draft, status="undecided", reasons=(why,))
+    first = min(proven, key=_moment)
+    logs = {one.log for one in proven if _moment(one) == _moment(first)}
+    if draft.log in logs:
         return draft
-    older = sorted(one.party for one in drafts if one.upheld and one.place and one.place.time == oldest)
-    reason = f"the model has an older mark too, of {', '.join(older)}, committed to before {oldest}"
-    return _with_sentence(replace(draft, status="rejected", reasons=(*draft.reasons, reason)))
+    older = ", ".join(sorted({one.party for one in proven if one.log in logs}))
+    why = f"the model has an older mark too, of {older}, committed to before {first.date}, {_by_whom(first)}"
+    if not any(one.log == draft.log for one in proven):
+        why = (
+            f"the model has a mark of {older} too, committed to before {first.date}, {_by_whom(first)}; the date of "
+            "this claim is by the word of those who signed its log"
+        )
+    return replace(draft, status="rejected", reasons=(why,))
+
+
+def _moment(draft: Verdict) -> datetime:
+    return datetime.fromisoformat(draft.proven)

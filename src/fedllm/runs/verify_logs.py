@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 
 from fedllm.errors import ConfigError
 from fedllm.job.job import Job
-from fedllm.ownership.log import check_log, find_log, read_log, round_entry
+from fedllm.ownership.log import OwnershipLog, check_log, find_log, read_log, round_entry
 from fedllm.runs.audit_log import AUDIT_FILE
 from fedllm.runs.audit_log import read_log as read_audit_log
 from fedllm.runs.audit_verify import examine_log
@@ -118,7 +118,7 @@ def check_audit_log(look: Look) -> str:
 
 
 def check_commitments(look: Look) -> str:
-    """Note where the log of ownership commitments is not as all signed it, or names other checkpoints.
+    """Note where the log of ownership commitments is not as all signed it, lacks a claimant's, or names other rounds.
 
     Args:
         look: The run.
@@ -126,7 +126,7 @@ def check_commitments(look: Look) -> str:
     try:
         folder = find_log(look.path)
     except ConfigError:
-        if Job.from_yaml(look.path / "job.yaml").ownership.enabled:
+        if _job(look).ownership.enabled:
             look.wrong("ownership", "the log of commitments is missing, and the model is claimed")
         return ""
     log = read_log(folder)
@@ -134,7 +134,32 @@ def check_commitments(look: Look) -> str:
     for number, digest in look.commits.items():
         if number and round_entry(number, digest) not in log.entries:
             look.wrong("journal.jsonl", f"the log of commitments has another checkpoint of round {number}, or none")
+    for what in (*_against_signers(log, _job(look)), *log.against_commitments(_job(look).ownership.claimants)):
+        look.wrong("ownership", f"the log of commitments has {what}")
     newest = log.heads[-1]
     return (
         f"{len(log.entries)} entries, {len(log.commitments())} commitments, signed by {len(newest.signatures)} parties"
     )
+
+
+def _job(look: Look) -> Job:
+    return Job.from_yaml(look.path / "job.yaml")
+
+
+def _against_signers(log: OwnershipLog, job: Job) -> Iterator[str]:
+    """Yield where not all parties signed what was there before round 0, or nobody signed what came last."""
+    if log.keys().keys() != set(job.parties):
+        yield "keys of other parties than the job's"
+    rounds = [number for number, entry in enumerate(log.entries) if json.loads(entry)["kind"] == "round"]
+    begun = min(rounds, default=len(log.entries))
+    opening = [signed for signed in log.heads if signed.head.size <= begun]
+    for signed in opening:
+        if missing := sorted(set(job.parties) - signed.signatures.keys()):
+            yield f"a head from before round 0 that is not signed by {', '.join(missing)}"
+    if opening[-1].head.size < begun:
+        yield f"{begun - opening[-1].head.size} entries from before round 0 that no head of that time is over"
+    if log.shares().keys() != log.keys().keys():
+        yield "not the shares of all parties"
+    signed_entries = max((one.head.size for one in log.heads if one.signatures), default=0)
+    if signed_entries < len(log.entries):
+        yield f"{len(log.entries) - signed_entries} entries at its end that nobody signed"

@@ -181,7 +181,7 @@ def refuse(report: Report) -> None:
     fix = "keep fewer blocks, distil less, or say in the policy that this is acceptable"
     if report.found:
         fix = "keep other blocks: these must not leave"
-    what = "; ".join(facts["reasons"])
+    what = "; ".join(facts["reasons"]) + " (E20)"
     raise EmulatorRefused("EMULATOR_REFUSED", what, where=str(report.package), fix=fix, report=facts)
 
 

@@ -187,9 +187,10 @@ def verdict(figures: Figures, policy: ExportPolicy) -> Verdict:
     ]
     return Verdict(
         tuple(
-            f"{worse} has loss {high:.3f}, {better} {low:.3f}: that must be {margin:.3f} less at least"
+            f"{worse} has loss {high:.3f}, {better} {low:.3f}: that must be less by more than {margin:.3f}"
             for worse, high, better, low, margin in rules
-            if not high - low >= margin
+            # A package as good as the whole model is the whole model, for all that can be told.
+            if not high - low > margin
         )
     )
 

@@ -23,7 +23,7 @@ from fedllm.data.tokens import TokenisedExample
 from fedllm.disk import disk_error
 from fedllm.errors import ConfigError, RunFailed
 from fedllm.models.adapter import TunableModel
-from fedllm.models.digest import json_digest
+from fedllm.models.digest import base_digest, json_digest
 from fedllm.models.load import Base
 from fedllm.models.loss import target_logits
 from fedllm.models.settings import PeftSettings
@@ -116,12 +116,39 @@ def fingerprint(
     return Fingerprint(output, folder.claim_file(claim.job_digest), commitment, verdict, steps, divergence)
 
 
+def attach_stamp(model: Path, stamp: Path, *, claims: Path) -> tuple[Path, Commitment]:
+    """Return the claim's file and commitment of a model that was fingerprinted, with a time stamp attached.
+
+    There is no run whose log says when the key was chosen: the stamp does.
+
+    Args:
+        model: The base model's folder, as it was before.
+        stamp: The answer of a time stamping authority (RFC 3161) on the commitment's digest.
+        claims: The owner's folder of claims.
+
+    Raises:
+        ConfigError: `BAD_VALUE`, it is a stamp on something else; `FILE_NOT_FOUND`, there is none, or no claim on
+            this model.
+        ModelError: The model cannot be read.
+    """
+    folder, job_digest = ClaimFolder(claims), _named(base_digest(model))
+    path = folder.claim_file(job_digest)
+    if not path.is_file():
+        fix = "name the model that was fingerprinted, and the folder with `--claims`"
+        raise ConfigError("FILE_NOT_FOUND", "no claim on this model is in the folder", where=str(claims), fix=fix)
+    return path, folder.attach(job_digest, stamp)
+
+
+def _named(digest: str) -> str:
+    # There is no job: the claim is on the base model itself.
+    return json_digest({"fingerprint of": digest})
+
+
 def _claim(base: Base, plan: Plan) -> Claim:
     key_seed = new_secret()
     return Claim(
         party=plan.owner,
-        # There is no job: the claim is on the base model itself.
-        job_digest=json_digest({"fingerprint of": base.digest}),
+        job_digest=_named(base.digest),
         base_digest=base.digest,
         carrier="none",
         sites=(),

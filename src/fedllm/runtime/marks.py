@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from fedllm.errors import ConfigError, ModelError
 from fedllm.job.job import Job
 from fedllm.models.adapter import TunableModel
-from fedllm.ownership.claims import BOUND, KEYED, Claim, MarkSite, new_bits, new_secret
+from fedllm.ownership.claims import Claim, MarkSite, new_bits, new_secret
 from fedllm.ownership.directions import directed
 from fedllm.ownership.log import broken, read_log
 from fedllm.ownership.marks import Mark, mark_sites, num_free
@@ -32,7 +32,6 @@ def new_claim(job: Job, party: str, *, base_digest: str, sites: tuple[MarkSite, 
     """
     settings, key_seed = job.ownership, new_secret()
     return Claim(
-        form=KEYED if settings.carrier == "none" else BOUND,
         party=party,
         job_digest=job.digest,
         base_digest=base_digest,

@@ -22,6 +22,7 @@ from fedllm.runtime.triggers import trigger_pull
 from fedllm.scenarios.base import ClientContext, ClientHalf, Log, TokenData
 from fedllm.train.base import LocalTrainer
 from fedllm.train.corrections import Correction, together
+from fedllm.train.heeded import Heeded
 from fedllm.train.private import PrivateTrainer
 from fedllm.train.supervised import SupervisedTrainer
 
@@ -145,7 +146,7 @@ def open_host(
             train_settings=job.train,
             privacy=job.privacy,
             eval_batch_size=job.evaluate.per_device_eval_batch_size,
-            trainer=trainer,
+            trainer=Heeded(trainer),
             log=log,
             on_step=on_step,
             deliver=partial(site.deliver or deliver_own, site, run, name),

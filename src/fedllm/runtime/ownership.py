@@ -16,10 +16,11 @@ from fedllm.models.digest import base_digest
 from fedllm.ownership.claims import Claim, find_claim, load_claim, stamp_file
 from fedllm.ownership.commitments import Commitment
 from fedllm.ownership.directions import directed
-from fedllm.ownership.disputes import standing
+from fedllm.ownership.disputes import Standing, standing
 from fedllm.ownership.endpoint import Endpoint
 from fedllm.ownership.log import OwnershipLog, check_log, find_log, read_log
-from fedllm.ownership.stamps import read_certificates, with_stamp
+from fedllm.ownership.stamps import by_stamp, read_certificates, with_stamp
+from fedllm.ownership.statistics import MAX_THRESHOLD, THRESHOLD
 from fedllm.ownership.suspect import check_base, open_suspect
 from fedllm.ownership.triggers import read_text
 from fedllm.ownership.verify import Reading, Verdict, judge, read_marks
@@ -74,7 +75,8 @@ class Evidence:
     `base` is the base model's folder, which a whole model and norms are read against. `seen` is when the suspect was
     first seen, and `keys` are fingerprints of parties' keys that are known by other ways than the logs. `endpoint` is
     where the suspect can be asked. `authorities` are certificates of time stamping authorities that the arbiter trusts;
-    without any, the chains of time stamps are not verified.
+    without any, the chains of time stamps are not verified. `threshold` is the largest p-value that the arbiter takes;
+    a claim's own may only be stricter.
     """
 
     claims: Sequence[Path]
@@ -84,6 +86,7 @@ class Evidence:
     keys: Mapping[str, str] = field(default_factory=dict)
     endpoint: Endpoint | None = None
     authorities: Sequence[Path] = ()
+    threshold: float = THRESHOLD
 
 
 def verify(model: Path | None, evidence: Evidence) -> list[Verdict]:
@@ -95,29 +98,39 @@ def verify(model: Path | None, evidence: Evidence) -> list[Verdict]:
         evidence: What is laid before the arbiter.
 
     Raises:
-        ConfigError: A file is missing, or claims and logs do not go together.
+        ConfigError: A file is missing, claims and logs do not go together, or `BAD_VALUE`, the threshold.
         IdentityError: `KEY_EXPOSED`, others than its owner can read a claim.
         ModelError: The suspect or the base cannot be read, or it is another base.
         StateLost: `OWNERSHIP_BROKEN`.
     """
+    if not 0 < evidence.threshold <= MAX_THRESHOLD:
+        what, fix = f"{evidence.threshold:g} is no p-value that proves something", f"give {MAX_THRESHOLD:g} at most"
+        raise ConfigError("BAD_VALUE", what, where="--threshold", fix=fix)
     claims = [load_claim(path) for path in evidence.claims]
     trusted = read_certificates(evidence.authorities)
     if evidence.base:
         for expected in sorted({claim.base_digest for claim in claims}):
             check_base(evidence.base, expected)
     logs = _logs(evidence)
-    standings = []
+    standings: list[Standing | None] = []
     for path, claim, log in zip(evidence.claims, claims, logs, strict=True):
+        stamp = stamp_file(find_claim(path))
         found = standing(claim, log, seen=evidence.seen, keys=evidence.keys) if log else None
-        standings.append(with_stamp(found, claim, stamp_file(find_claim(path)), trusted) if found else None)
-    return judge(claims, standings, _readings(model, evidence, claims, logs))
+        if found and found.place:
+            standings.append(with_stamp(found, claim, stamp, trusted))
+        else:
+            # A fingerprint is in no log, also where other claims are judged beside it.
+            standings.append(by_stamp(claim, stamp, trusted, seen=evidence.seen) or found)
+    readings = _readings(model, evidence, claims, logs)
+    return judge(claims, standings, readings, threshold=evidence.threshold)
 
 
 def _readings(
     model: Path | None, evidence: Evidence, claims: Sequence[Claim], logs: Sequence[OwnershipLog | None]
 ) -> Callable[[Claim], Sequence[Reading]]:
     suspected = Suspected(model, evidence.base, evidence.endpoint)
-    suspect = open_suspect(model, evidence.base) if model else None
+    # Answers are written by the model as it is: where no claim has bits, nothing is read against a base.
+    suspect = open_suspect(model, evidence.base) if model and any(claim.bits for claim in claims) else None
     # An adapter writes nothing without its base; then its bits must do.
     writes = any(claim.triggers and (evidence.endpoint or evidence.base or not claim.bits) for claim in claims)
     ask = suspected.asker() if writes or suspect is None else None

@@ -31,7 +31,8 @@ def rehearse_claims(hosts: Mapping[str, PartyHost], job: Job, run: RunFolder) ->
             keys = ClaimFolder(run.path / "keys" / party)
             shown = _commitment(party, keys, run.job_digest) if party in job.ownership.claimants else None
             copy: Path = run.path / "parties" / party / FOLDER
-            host.signatory = Signatory(party, run.run_id, run.job_digest, keys, copy, shown)
+            claimants = tuple(job.ownership.claimants)
+            host.signatory = Signatory(party, run.run_id, run.job_digest, keys, copy, shown, claimants)
         if host.take_copy:
             host.take_copy = _forget
 

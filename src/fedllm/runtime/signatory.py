@@ -38,7 +38,7 @@ _CLOCKS = timedelta(hours=1)
 class Signatory:
     """One party of a run. Its copy of the log, with all parties' signatures, is evidence that no server can take away.
 
-    `commitment` is there for a claimant.
+    `commitment` is there for a claimant; `claimants` are the job's, and only they may commit, once each.
     """
 
     party: str
@@ -47,6 +47,7 @@ class Signatory:
     keys: ClaimFolder
     copy: Path
     commitment: Commitment | None
+    claimants: tuple[str, ...]
 
     @classmethod
     def of(cls, job: Job, run: RunFolder, party: str, keys: ClaimFolder) -> Signatory:
@@ -62,7 +63,8 @@ class Signatory:
             ConfigError: `OWNERSHIP_UNCOMMITTED`.
         """
         commitment = keys.commitment(job.digest) if party in job.ownership.claimants else None
-        return cls(party, run.run_id, run.job_digest, keys, run.path / "parties" / party / FOLDER, commitment)
+        copy, claimants = run.path / "parties" / party / FOLDER, tuple(job.ownership.claimants)
+        return cls(party, run.run_id, run.job_digest, keys, copy, commitment, claimants)
 
     def answer(self, request: ShowCommitment | SignHead) -> Shown | HeadSigned:
         """Return the answer to one of the two requests.
@@ -114,6 +116,8 @@ class Signatory:
             missing.add(share_entry(self.party, share_of(self.keys.key(), own.first_root())))
         if missing - set(log.entries):
             raise self._refused("the party's own key, commitment or share is not in the log")
+        if wrong := log.against_commitments(self.claimants):
+            raise self._refused(f"the log has {'; '.join(wrong)[:300]}")
         if log.shares() and (unsound_shares(log) or log.shares().keys() != log.keys().keys()):
             raise self._refused("the shares in the log are not the parties' signatures of its first root")
         return OwnershipLog(log.entries, _completed(log, request))

@@ -130,7 +130,7 @@ def _clashes_of_ranks(settings: Settings, peft: PeftSettings, parties: Sequence[
         yield key, what, f"set `peft.r: {max(ranks.values())}`, with lora_alpha so that the scale is what you want"
     if not rule_of(settings).mixed_ranks:
         what = f"{settings.lora_rule} has no meaning with parties of different ranks (E12)"
-        yield key, what, "set `lora_rule: FlexLoRA`, FedIT or RoLoRA, or leave `ranks` out"
+        yield key, what, "set `lora_rule: FLoRA`, which is exact too, FlexLoRA, FedIT or RoLoRA, or leave `ranks` out"
     if settings.robust.name != "none":
         what = f"{settings.robust.name} compares updates, and with mixed ranks they have not the same slots (E12)"
         yield key, what, "leave `robust` or `ranks` out"

@@ -10,6 +10,15 @@ from fedllm.privacy.settings import SecureAggregationSettings
 from fedllm.scenarios.base import Clash
 from fedllm.scenarios.fedhomollm_settings import Settings
 
+# Codec -> why what parties send in it has no sum that opens to the bits of the plain one.
+_NO_SUM = {
+    "bf16": "each party rounds its values to bf16's own steps, which are no common grid, so they have no exact sum",
+    "int8": "the scales of int8 differ from party to party, so its codes have no sum",
+    "int4": "the scales of int4 differ from party to party, so its codes have no sum",
+    "TopK": "the places of TopK differ from party to party, so what is sent has no sum",
+    "RandomK": "all parties send the same places of RandomK, but as floats, which have no common grid in this version",
+}
+
 
 def clashes_of_noise(settings: Settings, asked: DifferentialPrivacySettings) -> Iterator[Clash]:
     """Yield what noise in training does not go with.
@@ -67,8 +76,8 @@ def clashes_of_sums(
     if needs_each:
         what = f"{needs_each} needs each party's update, and secure aggregation shows none (E01)"
         yield key, what, f"set `robust: {{name: none}}` and `lora_rule: FedIT`, FFA-LoRA or RoLoRA, {off}"
-    if settings.codec.name not in ("fp32", "Grid"):
-        what = f"the scales or places of {settings.codec.name} differ from party to party, so codes have no sum (E02)"
+    if settings.codec.name in _NO_SUM:
+        what = f"{_NO_SUM[settings.codec.name]} (E02)"
         yield "federation.codec", what, "set `codec: {name: Grid, limit: ...}` or fp32"
     if settings.ranks:
         what = "with parties of different ranks the parts of the sum are not of one shape"
