@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from ruamel.yaml import YAML
-from tiny import records, save_base, tiny_federation, write_jsonl, write_yaml
+from tiny import records, save_base, thorough, tiny_federation, write_jsonl, write_yaml
 from verbs import Call, data_of
 
 from fedllm.errors import ExitCode
@@ -75,6 +75,14 @@ def test_a_package_that_breaks_the_policy_is_not_written(margin: str, call: Call
         assert json.loads(out)["status"] == "refused" and data_of(out)["reasons"]
 
 
+def test_the_whole_model_never_leaves_as_its_own_emulator(call: Call, folder: Path) -> None:
+    """Every figure of it is that of the whole model, to the bit: without a margin that must be too good."""
+    write_policy(folder, {"gain_margin": -9.0, "thief_margin": -9.0}, way="whole", middle=None, distil_steps=0)
+    code, _, err = call("emulator", "build", folder / "job.yaml", "--quiet")
+    assert code == ExitCode.EXPORT and not (folder / "package").exists()
+    assert "the emulator as it is" in err and "the tuned emulator" in err and "E20" in err
+
+
 def test_a_package_in_which_a_block_was_put_that_must_not_leave_is_found(call: Call, folder: Path) -> None:
     from safetensors.torch import load_file, save_file
 
@@ -120,7 +128,14 @@ def test_the_verdict_names_each_rule_that_is_broken_and_a_nan_breaks_all() -> No
     good = Figures(full_zs=2.0, emu_zs=3.0, ot_emu=1.2, plug=1.0, ft=0.9, thieves={"x": 1.1})
     assert verdict(good, policy).allowed
     assert good.recovered == pytest.approx(1 / 1.1)
-    for change in ({"emu_zs": 1.9}, {"ot_emu": 0.9}, {"full_zs": 0.9, "emu_zs": 1.0}, {"thieves": {"x": 0.9}}):
+    for change in (
+        {"emu_zs": 1.9},
+        {"emu_zs": 2.0},
+        {"ot_emu": 0.9},
+        {"ot_emu": 1.0},
+        {"full_zs": 0.9, "emu_zs": 1.0},
+        {"thieves": {"x": 0.9}},
+    ):
         assert len(verdict(Figures(**vars(good) | change), policy).broken) == 1, change
     assert len(verdict(Figures(**vars(good) | {"plug": float("nan")}), policy).broken) == 3
 
@@ -153,6 +168,18 @@ def test_the_recipe_runs_as_it_is(call: Call, tmp_path: Path) -> None:
     report = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     assert "whole model, plugged (Plug)" in report
     assert "owner, the owner, gets the whole tuned model; the other parties get the adapter" in report
+
+
+@thorough
+def test_the_recipe_s_package_keeps_to_its_own_policy(call: Call, tmp_path: Path) -> None:
+    """Nothing shortened: two minutes."""
+    assert call("init", tmp_path / "job", "--recipe", "offsite")[0] == 0
+    job = tmp_path / "job" / "job.yaml"
+    code, out, err = call("emulator", "build", job, "--json")
+    assert code == 0, err
+    assert data_of(out)["allowed"]
+    code, out, _ = call("run", job, "--quiet", "--output", tmp_path / "run", "--json")
+    assert code == 0 and json.loads(out)["status"] == "SUCCESS"
 
 
 def test_the_recipe_s_data_are_those_that_its_script_makes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
