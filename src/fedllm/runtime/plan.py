@@ -6,7 +6,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -145,6 +145,8 @@ class _Rehearsal:
 
 
 class _NoTraining:
+    makes_no_steps = True
+
     def train(self, task: TrainTask, optimizer: torch.optim.Optimizer) -> TrainSums:
         return TrainSums(loss_nats=1234.5678901234567, tokens=12345, examples=100, steps=task.num_steps)
 
@@ -183,9 +185,8 @@ def rehearse(job: Job, facts: Facts) -> Traffic:
     privacy = job.privacy.model_copy(update={"differential_privacy": DifferentialPrivacySettings()})
     short = job.model_copy(update={"federation": federation, "privacy": privacy}).located(job.base_dir)
     with tempfile.TemporaryDirectory() as folder:
-        run = RunFolder.create(Path(folder) / "run", job_digest=job.digest)
-        ledger, copies = _talk(short, facts, run)
-        run.close()
+        with closing(RunFolder.create(Path(folder) / "run", job_digest=job.digest)) as run:
+            ledger, copies = _talk(short, facts, run)
     counts = [ledger.of_round(number) for number in range(1, rounds + 1)]
     later = _Later(counts, every, cache(partial(_growth, job, facts)), len(job.parties))
     # What does not grow is as in the rehearsal.

@@ -15,7 +15,7 @@ class Heeded:
     """Trains by another trainer, and notices whether that has called the task's corrections.
 
     Args:
-        trainer: The one that trains.
+        trainer: The one that trains. One that makes no steps, for a rehearsal, says so by `makes_no_steps`.
     """
 
     def __init__(self, trainer: LocalTrainer) -> None:
@@ -44,7 +44,7 @@ class Heeded:
 
         corrections = [noted(number, correct) for number, correct in enumerate(task.corrections)]
         sums = self._trainer.train(replace(task, corrections=corrections), optimizer)
-        if not all(called):
+        if not all(called) and not getattr(self._trainer, "makes_no_steps", False):
             raise ConfigError(
                 "BAD_COMBINATION",
                 f"{type(self._trainer).__name__} never called `task.corrections`, so what the job adds to each step"
