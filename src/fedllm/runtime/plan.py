@@ -184,9 +184,11 @@ def rehearse(job: Job, facts: Facts) -> Traffic:
     # Nothing is trained, so there is nothing to hide, and nothing to pay for.
     privacy = job.privacy.model_copy(update={"differential_privacy": DifferentialPrivacySettings()})
     short = job.model_copy(update={"federation": federation, "privacy": privacy}).located(job.base_dir)
-    with tempfile.TemporaryDirectory() as folder:
-        with closing(RunFolder.create(Path(folder) / "run", job_digest=job.digest)) as run:
-            ledger, copies = _talk(short, facts, run)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        closing(RunFolder.create(Path(folder) / "run", job_digest=job.digest)) as run,
+    ):
+        ledger, copies = _talk(short, facts, run)
     counts = [ledger.of_round(number) for number in range(1, rounds + 1)]
     later = _Later(counts, every, cache(partial(_growth, job, facts)), len(job.parties))
     # What does not grow is as in the rehearsal.
