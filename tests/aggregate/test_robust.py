@@ -87,6 +87,11 @@ def test_norm_clipping_by_hand() -> None:
     found = mean_of(points([3.0, 4.0], [1.0, 0.0], weights=[3, 1]), name="NormClipping", clip_norm=2.0)
     assert found == pytest.approx([0.75 * 1.2 + 0.25, 0.75 * 1.6])
     assert mean_of(points([0.0, 0.0], [0.0, 0.0]), name="NormClipping", clip_norm=2.0) == [0.0, 0.0]
+    # Without a bound the median norm is one: here 1, so that (300, 400) counts as (0.6, 0.8).
+    assert mean_of(points([300.0, 400.0], [1.0, 0.0], [0.0, 0.5]), name="NormClipping") == pytest.approx(
+        [1.6 / 3, 1.3 / 3]
+    )
+    assert mean_of(points([0.0, 0.0], [0.0, 0.0]), name="NormClipping") == [0.0, 0.0]
 
 
 def test_fltrust_by_hand() -> None:
@@ -202,6 +207,7 @@ RULES: list[dict[str, Any]] = [
     {"name": "MultiKrum", "num_malicious": 2},
     {"name": "GeometricMedian", "num_malicious": 2},
     {"name": "NormClipping", "clip_norm": 0.2},
+    {"name": "NormClipping"},
     {"name": "FLTrust", "root_party": "p0"},
 ]
 
@@ -231,7 +237,7 @@ def test_two_of_ten_flipped_signs_ruin_the_mean() -> None:
     assert attacked > 1e6 * clean or attacked != attacked
 
 
-@pytest.mark.parametrize("settings", RULES, ids=lambda rule: rule["name"])
+@pytest.mark.parametrize("settings", RULES, ids=lambda rule: "-".join(map(str, rule.values())))
 def test_every_rule_bears_two_of_ten_flipped_signs(settings: dict[str, Any]) -> None:
     # FLTrust ends where its root party would alone: nearer than that no other update is trusted.
     assert descend(2, settings) < (3 if settings["name"] == "FLTrust" else 2) * descend(0, None)
@@ -257,7 +263,6 @@ def test_how_many_answers_a_rule_needs(settings: dict[str, Any], least: int) -> 
     "values",
     [
         {"name": "Krum"},
-        {"name": "NormClipping"},
         {"name": "FLTrust"},
         {"num_malicious": 1},
         {"name": "Krum", "num_malicious": 1, "clip_norm": 1.0},

@@ -27,6 +27,7 @@ _OWN: dict[str, set[str]] = {
     "GeometricMedian": {"num_malicious"},
     "FLTrust": {"root_party"},
 }
+_OPTIONAL = {"clip_norm"}
 # Rules that compare coordinates; of LoRA's product there are none as long as both factors move.
 COORDINATEWISE = ("Median", "TrimmedMean")
 
@@ -38,7 +39,9 @@ class RobustSettings(BaseModel):
 
     name: _NAMES = Field("none", description="The rule; `none` is the weighted mean.")
     num_malicious: int | None = Field(None, ge=1, description="How many dishonest parties the rule must bear.")
-    clip_norm: float | None = Field(None, gt=0, description="NormClipping: the largest norm of an update.")
+    clip_norm: float | None = Field(
+        None, gt=0, description="NormClipping: the largest norm of an update; else the median of the round's updates."
+    )
     root_party: str | None = Field(None, description="FLTrust: the party whose update is trusted.")
 
     @model_validator(mode="after")
@@ -46,7 +49,7 @@ class RobustSettings(BaseModel):
         given = {key for key in ("num_malicious", "clip_norm", "root_party") if getattr(self, key) is not None}
         if idle := sorted(given - _OWN[self.name]):
             raise ValueError(f"{', '.join(idle)} has no effect with {self.name}; leave it out")
-        if missing := sorted(_OWN[self.name] - given):
+        if missing := sorted(_OWN[self.name] - given - _OPTIONAL):
             raise ValueError(f"{self.name} needs {', '.join(missing)}; set it")
         return self
 
@@ -169,9 +172,14 @@ def _geometric_median(inner: torch.Tensor, updates: Sequence[Update], settings: 
 
 
 def _norm_clipping(inner: torch.Tensor, updates: Sequence[Update], settings: RobustSettings) -> torch.Tensor:
-    """Sun et al. 2019, arXiv:1911.07963, section 4: each update times min(1, c / norm)."""
-    limit = settings.clip_norm or torch.inf
-    return _shares(updates) * (limit / inner.diagonal().sqrt().clamp_min(1e-300)).clamp_max(1)
+    """Sun et al. 2019, arXiv:1911.07963, section 4: each update times min(1, c / norm).
+
+    Differs: c may be the median norm. It falls with the learning rate, as a bound that is the same in each round does
+    not, and with fewer than half of the parties dishonest it lies among honest norms.
+    """
+    norms = inner.diagonal().sqrt().clamp_min(1e-300)
+    limit = settings.clip_norm or float(norms.median())
+    return _shares(updates) * (limit / norms).clamp_max(1)
 
 
 def _fltrust(inner: torch.Tensor, updates: Sequence[Update], settings: RobustSettings) -> torch.Tensor:
